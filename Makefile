@@ -1,0 +1,41 @@
+# make demo      set up .venv and run the demo: text in, speech file out, compiled and compared with eager
+# make test      the test suite on stack A (qwen-tts, transformers 4.57)
+# make test-hf5  the test suite on stack B (qwen-tts-hf, transformers 5)
+# make lint      ruff and pyright
+# make clean     remove what the others made
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-hf5 lint clean
+
+demo: .venv/.installed
+	.venv/bin/qtts demo
+
+test: .venv/.installed
+	.venv/bin/python -m pytest --timeout 900 $(PYTEST_ARGS)
+
+test-hf5: .venv-hf5/.installed
+	.venv-hf5/bin/python -m pytest --timeout 900 $(PYTEST_ARGS)
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+.venv/.installed: EXTRAS = tts,test
+.venv-hf5/.installed: EXTRAS = tts-hf,test
+.venv/.installed .venv-hf5/.installed: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or later, or make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old: install Python 3.10 or later, or make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make a virtual environment: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --editable '.[$(EXTRAS)]'
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	.venv/bin/python -m pip install --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-hf5 build dist *.egg-info .pytest_cache .ruff_cache demo.wav

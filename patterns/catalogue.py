@@ -1,0 +1,33 @@
+"""Every rewrite, in the order in which it is tried: longest spelling first, then the fusions, largest region first."""
+
+from __future__ import annotations
+
+from qtts_compile.kernels import (  # noqa: F401  importing a kernel registers its op
+    add_rms_norm as _add_rms_norm,
+)
+from qtts_compile.patterns.fuse import add_rms_norm, qk_norm_rope_kv_write, rotary_qk
+from qtts_compile.patterns.lift import attention, kv_write, rms_norm, rotary, swiglu
+
+LIFT = (
+    attention.PATTERN,
+    attention.ENABLE_GQA,
+    kv_write.PATTERN,
+    rotary.INTERLEAVED,
+    rotary.CONCATENATED,
+    rotary.SINGLE,
+    rms_norm.PATTERN,
+    swiglu.PATTERN,
+)
+FUSE = (qk_norm_rope_kv_write, add_rms_norm, rotary_qk)
+
+# The op that a rewrite leaves in the graph.
+OPS = {
+    "rms_norm": "rms_norm",
+    "add_rms_norm": "add_rms_norm",
+    "swiglu": "swiglu",
+    "rotary": "rotary",
+    "rotary_qk": "rotary_qk",
+    "kv_write": "kv_write",
+    "attention": "decode_attention",
+    "qk_norm_rope_kv_write": "qk_norm_rope_kv_write",
+}

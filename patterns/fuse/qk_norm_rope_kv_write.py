@@ -1,0 +1,109 @@
+"""q/k RMSNorm + rotary embedding + key and value cache writes -> one kernel per decode step and layer.
+
+Before::
+
+    attention(rotary(norm(q)), kv_write(k_cache, rotary(norm(k))), kv_write(v_cache, v), mask)
+
+After, with both caches written in place::
+
+    attention(qk_norm_rope_kv_write(q, k, v, ..., k_cache, v_cache), k_cache, v_cache, mask)
+
+The anchor is the attention that reads both caches: keys and values of different layers have no other link than the position.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+from qtts_compile.patterns.graph import insert, insert_mutating, value
+from qtts_compile.patterns.scope import Scope
+
+NAME = "qk_norm_rope_kv_write"
+NO_EPS = 0.0
+
+
+class Normed(NamedTuple):
+    """The input of a per-head norm ``[B, H, T, D]`` with its weight and eps, both None where the model has no such norm."""
+
+    x: fx.Node
+    weight: fx.Node | None
+    eps: fx.Node | float | None
+    transposed: bool
+
+
+def fuse(graph: fx.Graph, scope: Scope) -> None:
+    """Fuse what stands between the projections and the attention of every layer."""
+    for attention in [n for n in graph.nodes if n.target is torch.ops.qtts.decode_attention.default]:
+        if scope.allows(NAME, attention):
+            reason = _fuse_layer(graph, attention)
+            if reason:
+                scope.refuse(NAME, attention, reason)
+
+
+def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
+    q_rope, k_cache, v_cache = attention.args[:3]
+    k_write, v_write = _write_of(k_cache), _write_of(v_cache)
+    if k_write is None or v_write is None:
+        return None  # a growing cache, or a cache that this graph only reads: nothing to fuse with
+    k_rope = k_write.kwargs["src"]
+    if any(node.target is not torch.ops.qtts.rotary.default for node in (q_rope, k_rope)) or q_rope.args[1:] != k_rope.args[1:]:
+        return "queries and keys are not rotated by the same tables"
+    if k_write.kwargs["position"] is not v_write.kwargs["position"]:
+        return "keys and values are written at different positions"
+    if len(k_rope.users) > 1:
+        return "the rotated keys are read elsewhere"
+    q, k = _normed(q_rope.args[0]), _normed(k_rope.args[0])
+    eps = [n.eps for n in (q, k) if n.eps is not None] or [NO_EPS]
+    if isinstance(eps[0], fx.Node) is not isinstance(eps[-1], fx.Node):
+        return "one eps is a number, the other a graph input"
+    point = max(k_write, v_write)
+    if not all(point < user for node in (q_rope, k_cache, v_cache) for user in node.users):
+        return "a result is read before both caches are written"
+    op = torch.ops.qtts.qk_norm_rope_kv_write
+    arguments = dict(
+        q=_heads_first(graph, point, q),
+        k=_heads_first(graph, point, k),
+        v=v_write.kwargs["src"],
+        q_weight=q.weight,
+        k_weight=k.weight,
+        q_eps=eps[0],
+        k_eps=eps[-1],
+        **dict(zip(("cos", "sin", "sections", "interleaved"), q_rope.args[1:])),
+        k_cache=k_write.kwargs["cache"],
+        v_cache=v_write.kwargs["cache"],
+        position=k_write.kwargs["position"],
+    )
+    overload = op.tensor_eps if isinstance(eps[0], fx.Node) else op.default
+    for old, new in zip((q_rope, k_cache, v_cache), insert_mutating(graph, point, overload, arguments, attention)):
+        old.replace_all_uses_with(new)
+    for node in (k_cache, v_cache, k_write, v_write, q_rope, k_rope):
+        graph.erase_node(node)
+    return None
+
+
+def _write_of(cache: fx.Node) -> fx.Node | None:
+    if cache.target is not operator.getitem:
+        return None
+    call = cache.args[0]
+    if call.target is auto_functionalized and call.args[0] is torch.ops.qtts.kv_write.default:  # pyright: ignore
+        return call  # pyright: ignore[reportReturnType]
+    return None
+
+
+def _normed(x: fx.Node) -> Normed:
+    """Look through ``norm(x).transpose(1, 2)``; anything else is taken as it is."""
+    ops = torch.ops.qtts.rms_norm
+    if x.target is torch.ops.aten.permute.default and list(x.args[1]) == [0, 2, 1, 3]:  # pyright: ignore
+        norm = x.args[0]
+        if norm.target in (ops.default, ops.tensor_eps) and value(norm.args[0]).dtype == value(norm).dtype:  # pyright: ignore
+            return Normed(norm.args[0], norm.args[1], norm.args[2], True)  # pyright: ignore
+    return Normed(x, None, None, False)
+
+
+def _heads_first(graph: fx.Graph, point: fx.Node, normed: Normed) -> fx.Node:
+    return insert(graph, point, torch.ops.aten.permute.default, normed.x, [0, 2, 1, 3]) if normed.transposed else normed.x

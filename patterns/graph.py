@@ -1,0 +1,81 @@
+"""Small helpers to read and edit ATen graphs."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
+
+aten = torch.ops.aten
+
+
+def value(node: fx.Node) -> torch.Tensor:
+    """Return the fake tensor that stands for a node's result."""
+    return node.meta["val"]
+
+
+def dtypes_and_devices(graph: fx.Graph) -> list[tuple[torch.dtype, torch.device]]:
+    """Return the floating dtypes that occur in a graph, with their devices, in order of appearance."""
+    seen: dict[tuple[torch.dtype, torch.device], None] = {}
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, torch.Tensor) and val.dtype in (torch.float16, torch.bfloat16, torch.float32) and val.ndim > 0:
+            seen[val.dtype, val.device] = None
+    return list(seen)
+
+
+def insert(graph: fx.Graph, before: fx.Node, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:
+    """Insert ``target(*args)`` before a node, with its fake result, and the provenance of ``like`` (default: ``before``)."""
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    return _annotate(node, target(*_fakes(args)), like or before)
+
+
+def insert_mutating(graph: fx.Graph, before: fx.Node, op: torch._ops.OpOverload, kwargs: dict[str, Any], like: fx.Node) -> list[fx.Node]:
+    """Insert an op that writes into its arguments, in functional form.
+
+    Returns the op's own results, then one node per mutated argument, in schema order. Inductor turns it into one in-place call without copies.
+    """
+    mutated = [a.name for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    returns = len(op._schema.returns)
+    with graph.inserting_before(before):
+        call = graph.call_function(auto_functionalized, (op,), kwargs)
+    fakes = {name: _fakes(arg) for name, arg in kwargs.items()}
+    result = op(**fakes)
+    results = () if returns == 0 else (result,) if returns == 1 else tuple(result)
+    values = (*(results or (None,)), *(fakes[name] for name in mutated))
+    _annotate(call, values, like)
+    first = 0 if returns else 1
+    return [_annotate(_getitem(graph, before, call, i), values[i], like) for i in range(first, len(values))]
+
+
+def getitem(graph: fx.Graph, before: fx.Node, call: fx.Node, index: int) -> fx.Node:
+    """Insert the selection of one of several results."""
+    return _annotate(_getitem(graph, before, call, index), call.meta["val"][index], call)
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the module that a node was traced in, relative to the compiled module ('' at its top)."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    return path.replace("L['self']", "").replace("L['fn']", "").lstrip(".") if isinstance(path, str) else ""
+
+
+def _getitem(graph: fx.Graph, before: fx.Node, call: fx.Node, index: int) -> fx.Node:
+    with graph.inserting_before(before):
+        return graph.call_function(operator.getitem, (call, index))
+
+
+def _fakes(args: Any) -> Any:
+    return fx.node.map_arg(args, lambda n: n.meta["val"])
+
+
+def _annotate(node: fx.Node, val: Any, like: fx.Node) -> fx.Node:
+    node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack", "mutation_region_id")})
+    node.meta["val"] = val
+    return node

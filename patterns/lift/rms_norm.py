@@ -1,0 +1,59 @@
+"""RMSNorm: ``weight * (x / rms(x))``, normalised in float32 and rounded to the input dtype before the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from qtts_compile.patterns.graph import dtypes_and_devices, insert, value
+from qtts_compile.patterns.matching import Example, Match, Pattern
+from qtts_compile.patterns.tracing import TensorSpec
+
+
+def _search(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tensor:
+    wide = x.to(torch.float32)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def _examples(graph: fx.Graph) -> Iterator[Example]:
+    for dtype, device in dtypes_and_devices(graph):
+        for weight_dtype in dict.fromkeys((dtype, torch.float32)):
+            for shape in ((1, 1, 24), (2, 3, 4, 24)):
+                tensors = (TensorSpec.dense(shape, dtype, device), TensorSpec.dense((24,), weight_dtype, device))
+                yield Example(tensors, (("eps", 1.25e-5),))
+
+
+def _replace(graph: fx.Graph, match: Match) -> fx.Node:
+    x, weight = match.inputs
+    return insert(graph, match.anchor, *norm_call("rms_norm", x, weight, match.scalars["eps"]))
+
+
+def norm_call(op: str, *args: fx.Node | float | None) -> tuple:
+    """Return the op and its arguments, by the overload that fits an eps that is a number or a graph input."""
+    packet = getattr(torch.ops.qtts, op)
+    args = tuple(_widest(a) if isinstance(a, fx.Node) else a for a in args)
+    return (packet.default if any(isinstance(a, float) for a in args) else packet.tensor_eps), *args
+
+
+def _widest(node: fx.Node) -> fx.Node:
+    """Look through the cast of a 0-d graph input, so that eps keeps its float64 value."""
+    if node.target is torch.ops.prims.convert_element_type.default and value(node).ndim == 0:
+        return node.args[0]  # pyright: ignore[reportReturnType]
+    return node
+
+
+def _check(match: Match) -> str | None:
+    x, weight = (value(n) for n in match.inputs if n is not None)
+    if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
+        return f"weight of shape {tuple(weight.shape)} for rows of {x.shape[-1]}"
+    return None
+
+
+def _signature(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.rsqrt.default
+
+
+PATTERN = Pattern("rms_norm", _search, _examples, _replace, _signature, _check)

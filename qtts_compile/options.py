@@ -1,0 +1,94 @@
+"""Options of ``torch.compile(..., backend="qtts", mode=..., options=...)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+EXECUTORS = ("inductor", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        mode: one of torch.compile's modes. Can stand in ``options``, because torch.compile takes mode or options, not both.
+        layers: half-open range of decoder layers to rewrite, e.g. ``(0, 24)``; None for all. Negative bounds are refused.
+        disable: names of rewrites to leave out.
+        strict: raise when a building block is seen in the graph and not rewritten.
+        executor: "inductor" generates code for what is not rewritten; "eager" runs the rewritten graph op by op (no compiler needed).
+        inductor: options of Inductor's own, passed through.
+    """
+
+    mode: str = "default"
+    layers: tuple[int, int] | None = None
+    disable: frozenset[str] = frozenset()
+    strict: bool = False
+    executor: str = "inductor"
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Options:
+        """Check and read what torch.compile hands to the backend.
+
+        Raises:
+            ValueError: an unknown option or mode, a value out of range or of the wrong type; the message names it and the valid ones.
+        """
+        given = dict(options or {})
+        if mode is not None and "mode" in given and given["mode"] != mode:
+            raise ValueError(f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other; give one of them")
+        chosen = given.pop("mode", None) or mode or "default"
+        _one_of("mode", chosen, MODES)
+        known: dict[str, Any] = {"mode": chosen}
+        if "layers" in given:
+            known["layers"] = _layers(given.pop("layers"))
+        if "disable" in given:
+            known["disable"] = _disable(given.pop("disable"))
+        if "strict" in given:
+            known["strict"] = given.pop("strict")
+            if not isinstance(known["strict"], bool):
+                raise ValueError(f"strict={known['strict']!r} is not a bool")
+        if "executor" in given:
+            known["executor"] = _one_of("executor", given.pop("executor"), EXECUTORS)
+        own = [name for name in ("mode", "layers", "disable", "strict", "executor")]
+        valid = set(torch._inductor.list_options())
+        for name in given:
+            if name.replace("-", "_") not in valid:
+                raise ValueError(f"unknown option {name!r}; valid: {', '.join(own)}, and Inductor's (torch._inductor.list_options())")
+        return cls(**known, inductor=given)
+
+    def config_patches(self) -> dict[str, Any]:
+        """Return Inductor's settings for this mode, with the user's own on top."""
+        mode = {} if self.mode == "default" else torch._inductor.list_mode_options(self.mode)
+        return {**mode, **{name.replace("-", "_"): value for name, value in self.inductor.items()}}
+
+
+def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> str:
+    if value not in valid:
+        raise ValueError(f"{name}={value!r} is unknown; valid: {', '.join(valid)}")
+    return value
+
+
+def _layers(value: Any) -> tuple[int, int]:
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(type(bound) is int for bound in value)):
+        raise ValueError(f"layers={value!r} is not a half-open range (start, stop) of ints, e.g. (0, 24)")
+    start, stop = value
+    if not 0 <= start < stop:
+        raise ValueError(f"layers={value!r} is an impossible range; 0 <= start < stop is needed")
+    return start, stop
+
+
+def _disable(value: Any) -> frozenset[str]:
+    from qtts_compile.patterns.catalogue import OPS
+
+    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"disable={value!r} is not a collection of names of rewrites; valid: {', '.join(OPS)}")
+    unknown = [name for name in value if name not in OPS]
+    if unknown:
+        raise ValueError(f"disable: no rewrite is called {unknown[0]!r}; valid: {', '.join(OPS)}")
+    return frozenset(value)

@@ -1,0 +1,98 @@
+"""Find the decoder stacks inside a model by their structure, and compile them in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qtts_compile.options import Options
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class CompiledStack:
+    """A decoder stack that now runs through backend="qtts"."""
+
+    name: str
+    module: nn.Module
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__}, {self.layers} layers)"
+
+
+class CompiledStacks(list[CompiledStack]):
+    """What :func:`compile` compiled."""
+
+    def __str__(self) -> str:
+        return "compiled with backend='qtts': " + ", ".join(map(str, self))
+
+
+def compile(obj: Any, *, mode: str | None = None, options: Mapping[str, Any] | None = None, dynamic: bool | None = None) -> CompiledStacks:  # noqa: A001
+    """Compile every decoder stack inside ``obj`` in place, with torch's own ``nn.Module.compile(backend="qtts")``.
+
+    Args:
+        obj: a Qwen3TTSModel, a FasterQwen3TTS, a talker, any transformers decoder, or an object that holds one.
+        mode: torch.compile's mode.
+        options: see :class:`qtts_compile.options.Options`.
+        dynamic: torch.compile's ``dynamic``.
+
+    Raises:
+        ValueError: a wrong option, or a ``layers`` range beyond a stack's layers.
+        TypeError: no decoder stack was found in ``obj``.
+    """
+    parsed = Options.parse(mode, options)
+    stacks = list(find_stacks(obj))
+    if not stacks:
+        raise TypeError(
+            f"no decoder stack found in {type(obj).__name__}: a stack is a module with a list of layers that hold {', '.join(PROJECTIONS)} "
+            "and a forward() that takes past_key_values; pass the model, or compile your own module with torch.compile(m, backend='qtts')"
+        )
+    for stack in stacks:
+        if parsed.layers is not None and parsed.layers[1] > stack.layers:
+            raise ValueError(
+                f"layers={parsed.layers} reaches beyond the {stack.layers} layers of {stack.name}; "
+                "compile the stacks one by one to give each its own range: qtts_compile.compile(stack, options=...)"
+            )
+    merged = {**(options or {}), **({"mode": parsed.mode} if parsed.mode != "default" else {})}
+    for stack in stacks:
+        stack.module.compile(backend="qtts", options=merged or None, dynamic=dynamic)
+    return CompiledStacks(stacks)
+
+
+def find_stacks(obj: Any) -> Iterator[CompiledStack]:
+    """Yield the decoder stacks inside ``obj``, outermost first, each once."""
+    seen: set[int] = set()
+    for prefix, root in _modules_of(obj):
+        for name, module in root.named_modules():
+            layers = _layers(module)
+            if layers and id(module) not in seen:
+                seen.add(id(module))
+                yield CompiledStack(".".join(filter(None, (prefix, name))) or type(module).__name__, module, layers)
+
+
+def _modules_of(obj: Any, depth: int = 2) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that an object is, or holds in its attributes (a wrapper class around a model, or around such a wrapper)."""
+    if isinstance(obj, nn.Module):
+        yield "", obj
+    elif depth and hasattr(obj, "__dict__"):
+        for name, value in vars(obj).items():
+            for prefix, module in _modules_of(value, depth - 1):
+                yield ".".join(filter(None, (name, prefix))), module
+
+
+def _layers(module: nn.Module) -> int:
+    """Return the number of layers if ``module`` runs a list of attention layers over a key-value cache, else 0."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len(child) and all(_has_projections(layer) for layer in child):
+            return len(child) if "past_key_values" in inspect.signature(module.forward).parameters else 0
+    return 0
+
+
+def _has_projections(layer: nn.Module) -> bool:
+    return any(all(hasattr(part, name) for name in PROJECTIONS) for part in layer.modules())
