@@ -1,7 +1,7 @@
-"""Time one decode step of the talker and of the code predictor, for eager, Inductor and this backend, and with each rewrite switched off.
+"""Time one decode step of the talker and of the code predictor: eager, Inductor, this backend, and this backend without each rewrite.
 
-Run: ``python -m bench.decode_step [--size 1.7b] [--parts talker predictor] [--without] [--json FILE] [--profile DIR]``. Random weights at the published
-shapes, batch 1, static cache, bfloat16. Every row checks its output against eager before it is timed.
+Run: ``python -m bench.decode_step [--size 1.7b] [--parts talker predictor] [--without] [--json FILE] [--profile DIR]``. Random weights at the
+published shapes, batch 1, static cache, bfloat16. Every row checks its output against eager before it is timed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Step(nn.Module):
         self.model, self.axes = model, case.rope_axes
         self.cache: Any = StaticCache(config=model.config, max_cache_len=slots)  # pyright: ignore[reportArgumentType]
         self.cache.early_initialization(batch, case.kv_heads, case.head_dim, parameter.dtype, parameter.device)
+        self.slots: torch.Tensor
         self.register_buffer("slots", torch.arange(slots, device=parameter.device))
 
     def forward(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -105,8 +106,8 @@ def measure(part: str, size: str, names: dict[str, dict[str, Any] | None], profi
                     call(x, position)
             reference = out if reference is None else reference
             cosine = torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0).item()
-            row = dict(part=part, size=size, variant=name, cosine_with_eager=cosine, compile_s=compile_s, cudagraph_skips=report.cudagraph_skips)
-            row |= dict(kernels=dict(report.kernels), rewrite_s=sum(graph.seconds for graph in report.graphs))
+            row: dict[str, Any] = dict(part=part, size=size, variant=name, cosine_with_eager=cosine, compile_s=compile_s)
+            row |= dict(cudagraph_skips=report.cudagraph_skips, kernels=dict(report.kernels), rewrite_s=sum(graph.seconds for graph in report.graphs))
             row["refusals"] = sorted({f"{r.rewrite}: {r.reason}" for r in report.refusals})
             if cosine < COSINE_FLOOR:
                 row["ms"] = None  # no speed for a result that is not right

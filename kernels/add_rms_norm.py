@@ -1,5 +1,8 @@
 """Residual addition followed by RMSNorm, in one pass over the row."""
 
+# pyright: reportCallIssue=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options.
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +16,8 @@ from qtts_compile.kernels.rows import as_rows, row_blocks, row_offset
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``(rms_norm(sum, weight, eps), sum)`` with ``sum = residual + x``.
 
-    ``x`` and ``residual`` are ``[..., D]`` of one dtype, to which the sum is rounded before it is normalised; the rest is as in ``rms_norm``.
-    Both results are contiguous.
+    ``x`` and ``residual`` are ``[..., D]`` of one dtype, to which the sum is rounded before it is normalised; the rest is as in
+    ``rms_norm``. Both results are contiguous.
 
     Raises ``TypeError`` or ``ValueError`` as ``rms_norm`` does, and when ``residual`` differs from ``x`` in shape, dtype or device.
     """

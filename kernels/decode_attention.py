@@ -1,5 +1,9 @@
 """Attention of a few query tokens over a long KV cache, split over the keys (Flash-Decoding, Dao et al., 2023)."""
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options, and do not know its static loops.
+
 import functools
 
 import torch
@@ -20,23 +24,21 @@ MAX_LOOK_AHEAD = 8
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Return ``softmax(q @ k.T * scale + mask) @ v`` for ``q`` ``[B, Hq, T, D]`` and ``k``, ``v`` ``[B, Hk, S, D]``.
 
-    Query heads share key heads in consecutive groups of ``Hq / Hk``. Meant for decoding: the work grows with ``T`` without reuse of the keys.
-    ``mask`` broadcasts to ``[B, Hq, T, S]`` (its last dimension is ``S``) and is boolean (True: attend) or additive in any floating dtype. A key
-    whose additive mask is at most ``finfo(mask.dtype).min`` is excluded like one whose boolean mask is False; keys that every query of a program
-    excludes are not read, and a row that excludes all its keys gives zeros.
+    Query heads share key heads in consecutive groups of ``Hq / Hk``. Meant for decoding: the work grows with ``T`` without reuse of the
+    keys. ``mask`` broadcasts to ``[B, Hq, T, S]`` (its last dimension is ``S``) and is boolean (True: attend) or additive in any floating
+    dtype. A key whose additive mask is at most ``finfo(mask.dtype).min`` is excluded like one whose boolean mask is False; keys that
+    every query of a program excludes are not read, and a row that excludes all its keys gives zeros.
 
-    Everything is computed in float32 and rounded once, to the dtype of ``q``. The result ``[B, Hq, T, D]`` has the strides of a transposed contiguous
-    ``[B, T, Hq, D]``, so that ``.transpose(1, 2).reshape(B, T, Hq * D)`` is a view.
+    Everything is computed in float32 and rounded once, to the dtype of ``q``. The result ``[B, Hq, T, D]`` has the strides of a
+    transposed contiguous ``[B, T, Hq, D]``, so that ``.transpose(1, 2).reshape(B, T, Hq * D)`` is a view.
 
-    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or an integer mask, and ``ValueError`` for shapes that do not match,
-    an ``S`` of 0 or different devices.
+    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or an integer mask, and ``ValueError`` for shapes that do
+    not match, an ``S`` of 0 or different devices.
     """
     return torch.ops.qtts.decode_attention.default(q, k, v, mask, scale)
 
 
-def decode_attention_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def decode_attention_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Compute :func:`decode_attention` in plain PyTorch."""
     batch, q_heads, tokens, width = q.shape
     grouped = (batch, k.shape[1], q_heads // k.shape[1], tokens)
@@ -170,7 +172,7 @@ def _decode_attention_kernel(
                         biases = biases + (bias,)
                     readable = is_read > 0
                 else:
-                    for m in tl.static_range(BLOCK_M):
+                    for _ in tl.static_range(BLOCK_M):
                         biases = biases + (tl.where(readable, 0.0, float("-inf")),)
                 in_tile = readable[:, None] & in_width[None, :]
                 k = tl.load(K_ptr + tile_keys[:, None] * k_stride_s + columns[None, :], mask=in_tile, other=0.0)

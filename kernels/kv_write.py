@@ -1,5 +1,8 @@
 """In-place write of new keys or values into a KV cache."""
 
+# pyright: reportCallIssue=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options.
+
 import torch
 import triton
 import triton.language as tl
@@ -12,11 +15,11 @@ from qtts_compile.kernels.rows import with_unit_stride
 def kv_write(cache: torch.Tensor, src: torch.Tensor, position: torch.Tensor) -> None:
     """Set ``cache[:, :, position] = src`` for ``cache`` ``[B, H, S, D]``, ``src`` ``[B, H, T, D]`` and ``position`` ``[T]``.
 
-    ``position`` is int64 and counts from the end when negative, as in ``index_put_``; of tokens with equal positions any one is kept. A position
-    outside ``[-S, S)`` raises ``IndexError`` on the CPU; on the GPU it is not written and trips a device-side assert.
+    ``position`` is int64 and counts from the end when negative, as in ``index_put_``; of tokens with equal positions any one is kept. A
+    position outside ``[-S, S)`` raises ``IndexError`` on the CPU; on the GPU it is not written and trips a device-side assert.
 
-    Raises ``TypeError`` for a cache other than bfloat16, float16 and float32, a ``src`` of another dtype or a ``position`` that is not int64, and
-    ``ValueError`` for shapes that do not match, different devices or a cache whose last stride is not 1.
+    Raises ``TypeError`` for a cache other than bfloat16, float16 and float32, a ``src`` of another dtype or a ``position`` that is not
+    int64, and ``ValueError`` for shapes that do not match, different devices or a cache whose last stride is not 1.
     """
     torch.ops.qtts.kv_write.default(cache, src, position)
 

@@ -21,12 +21,12 @@ def define_op(
 ) -> torch._ops.OpOverload:
     """Define ``qtts::<schema>`` and return its default overload.
 
-    ``check`` validates the arguments and runs before each of the three implementations, so that a bad call fails alike when it is traced and
-    when it runs. ``cuda`` launches the Triton kernel, ``cpu`` is the plain-PyTorch reference, ``fake`` allocates outputs with the real shapes,
-    dtypes and strides.
+    ``check`` validates the arguments and runs before each of the three implementations, so that a bad call fails alike when it is traced
+    and when it runs. ``cuda`` launches the Triton kernel, ``cpu`` is the plain-PyTorch reference, ``fake`` allocates outputs with the
+    real shapes, dtypes and strides.
 
-    A schema with arguments ``float ...eps`` also gets the overload ``tensor_eps``, in which they are 0-d CPU tensors: Dynamo turns module floats
-    into graph inputs when it compiles with ``dynamic=True``.
+    A schema with arguments ``float ...eps`` also gets the overload ``tensor_eps``, in which they are 0-d CPU tensors: Dynamo turns module
+    floats into graph inputs when it compiles with ``dynamic=True``.
     """
     name = schema[: schema.index("(")]
     _implement(schema, name, check, cuda, cpu, fake)

@@ -1,5 +1,8 @@
 """Per-head RMSNorm of queries and keys, rotary embedding and KV-cache write in one launch: all that precedes attention in a Qwen3 layer."""
 
+# pyright: reportCallIssue=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options.
+
 import torch
 import triton
 import triton.language as tl
@@ -30,11 +33,12 @@ def qk_norm_rope_kv_write(
 ) -> torch.Tensor:
     """Return ``q`` normalised and rotated; write ``k``, normalised and rotated, and ``v`` into the caches at ``position``.
 
-    ``q`` is ``[B, Hq, T, D]``, ``k`` and ``v`` are ``[B, Hk, T, D]``, the caches ``[B, Hk, S, D]``, ``position`` int64 ``[T]``. The steps are those
-    of ``rms_norm`` with weights ``[D]`` (skipped for a weight of ``None``), ``rotary`` and ``kv_write``, rounded in between as they round. The
-    result has the strides of ``rotary``'s.
+    ``q`` is ``[B, Hq, T, D]``, ``k`` and ``v`` are ``[B, Hk, T, D]``, the caches ``[B, Hk, S, D]``, ``position`` int64 ``[T]``. The steps
+    are those of ``rms_norm`` with weights ``[D]`` (skipped for a weight of ``None``), ``rotary`` and ``kv_write``, rounded in between as
+    they round. The result has the strides of ``rotary``'s.
 
-    Raises ``TypeError`` or ``ValueError`` as those three do, and ``TypeError`` for a weight whose dtype would promote the result beyond ``q.dtype``.
+    Raises ``TypeError`` or ``ValueError`` as those three do, and ``TypeError`` for a weight whose dtype would promote the result beyond
+    ``q.dtype``.
     """
     return torch.ops.qtts.qk_norm_rope_kv_write.default(
         q, k, v, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, k_cache, v_cache, position
@@ -178,8 +182,9 @@ def qk_norm_rope_kv_write_fake(q: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 define_op(
-    "qk_norm_rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float q_eps, float k_eps, Tensor cos, Tensor sin, "
-    "int[] sections, bool interleaved, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position) -> Tensor",
+    "qk_norm_rope_kv_write(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float q_eps, float k_eps, "
+    "Tensor cos, Tensor sin, int[] sections, bool interleaved, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position) -> Tensor",
     check=check_qk_norm_rope_kv_write,
     cuda=qk_norm_rope_kv_write_triton,
     cpu=qk_norm_rope_kv_write_reference,

@@ -1,5 +1,8 @@
 """RMSNorm over the last dimension (Zhang and Sennrich, 2019), with the rounding of Llama and Qwen3."""
 
+# pyright: reportCallIssue=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options.
+
 import torch
 import triton
 import triton.language as tl
@@ -14,11 +17,11 @@ MAX_WIDTH = 16384
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise ``x`` ``[..., D]`` by its root mean square over ``D`` and scale it by ``weight`` ``[D]``.
 
-    Computes ``x / sqrt(mean(x**2) + eps)`` in float32, rounds it to ``x.dtype``, then multiplies by ``weight`` in the promoted dtype of both,
-    which is the dtype of the result. The result is contiguous.
+    Computes ``x / sqrt(mean(x**2) + eps)`` in float32, rounds it to ``x.dtype``, then multiplies by ``weight`` in the promoted dtype of
+    both, which is the dtype of the result. The result is contiguous.
 
-    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, and ``ValueError`` for a weight of another shape or device or a
-    ``D`` of 0 or above 16384.
+    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, and ``ValueError`` for a weight of another shape or device
+    or a ``D`` of 0 or above 16384.
     """
     return torch.ops.qtts.rms_norm.default(x, weight, eps)
 

@@ -1,12 +1,15 @@
 """Rotary position embedding (Su et al., 2021), with one axis or the three axes of M-RoPE (Wang et al., 2024, Qwen2-VL)."""
 
+# pyright: reportCallIssue=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options.
+
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from qtts_compile.kernels.checks import check_float_dtype, check_like, check_rank
+from qtts_compile.kernels.checks import check_float_dtype, check_like, check_rank, check_shape
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rows import with_unit_stride
 
@@ -14,18 +17,18 @@ from qtts_compile.kernels.rows import with_unit_stride
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool) -> torch.Tensor:
     """Rotate ``x`` ``[B, H, T, D]`` by the angles whose ``cos`` and ``sin`` are given: ``x * cos + rotate_half(x) * sin``.
 
-    Both products and their sum are rounded to the dtype, which all arguments share. ``rotate_half`` maps the halves ``(x1, x2)`` of ``D`` to
-    ``(-x2, x1)``. The result has the strides of ``torch.empty_like(x)``, or is contiguous if their last is not 1.
+    Both products and their sum are rounded to the dtype, which all arguments share. ``rotate_half`` maps the halves ``(x1, x2)`` of ``D``
+    to ``(-x2, x1)``. The result has the strides of ``torch.empty_like(x)``, or is contiguous if their last is not 1.
 
-    With no ``sections``, ``cos`` and ``sin`` are ``[B or 1, T, D]``. With three, whose sum is ``D / 2``, they are ``[3, B or 1, T, D]`` and each
-    frequency index ``f`` in ``[0, D / 2)`` reads one axis:
+    With no ``sections``, ``cos`` and ``sin`` are ``[B or 1, T, D]``. With three, whose sum is ``D / 2``, they are ``[3, B or 1, T, D]``
+    and each frequency index ``f`` in ``[0, D / 2)`` reads one axis:
 
-    - ``interleaved``: axis 1 if ``f % 3 == 1`` and ``f < 3 * sections[1]``, axis 2 if ``f % 3 == 2`` and ``f < 3 * sections[2]``, else axis 0; the
-      second half of ``D`` reads the angles of the first half (Qwen3-Omni, Qwen3-TTS);
+    - ``interleaved``: axis 1 if ``f % 3 == 1`` and ``f < 3 * sections[1]``, axis 2 if ``f % 3 == 2`` and ``f < 3 * sections[2]``, else
+      axis 0; the second half of ``D`` reads the angles of the first half (Qwen3-Omni, Qwen3-TTS);
     - otherwise: axis ``i`` in the ``i``-th of three consecutive pieces of length ``sections[i]``, in either half of ``D`` (Qwen2-VL).
 
-    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for shapes or sections other than
-    the above and different devices.
+    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for shapes or sections
+    other than the above and different devices.
     """
     return torch.ops.qtts.rotary.default(x, cos, sin, sections, interleaved)
 
@@ -65,9 +68,7 @@ def _select_axes(angles: torch.Tensor, sections: list[int], interleaved: bool) -
     return torch.cat((selected, selected), dim=-1)
 
 
-def check_rotary(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool, name: str = "x"
-) -> None:
+def check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool, name: str = "x") -> None:
     """Raise ``TypeError`` or ``ValueError`` unless :func:`rotary` accepts the arguments."""
     check_float_dtype(name, x)
     check_rank(name, x, "B, H, T, D")
@@ -85,12 +86,12 @@ def check_rotary(
             raise ValueError(f"{label} must have the shape {(*axes, batch, tokens, width)} (or 1 for the batch), got {tuple(angles.shape)}")
 
 
-def check_rotary_qk(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool
-) -> None:
+def check_rotary_qk(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless :func:`rotary_qk` accepts the arguments."""
     check_rotary(q, cos, sin, sections, interleaved, "q")
-    check_rotary(k, cos, sin, sections, interleaved, "k")
+    check_rank("k", k, "B, Hk, T, D")
+    check_shape("k", k, q.shape[0], k.shape[1], *q.shape[2:])
+    check_like("k", k, "q", q)
 
 
 class Angles(NamedTuple):

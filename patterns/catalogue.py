@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from qtts_compile.kernels import (  # noqa: F401  importing a kernel registers its op
-    add_rms_norm as _add_rms_norm,
-)
+import importlib
+
 from qtts_compile.patterns.fuse import add_rms_norm, qk_norm_rope_kv_write, rotary_qk
 from qtts_compile.patterns.lift import attention, kv_write, rms_norm, rotary, swiglu
 
@@ -20,7 +19,7 @@ LIFT = (
 )
 FUSE = (qk_norm_rope_kv_write, add_rms_norm, rotary_qk)
 
-# The op that a rewrite leaves in the graph.
+# The op that a rewrite leaves in the graph; importing a kernel's module registers its op.
 OPS = {
     "rms_norm": "rms_norm",
     "add_rms_norm": "add_rms_norm",
@@ -31,3 +30,5 @@ OPS = {
     "attention": "decode_attention",
     "qk_norm_rope_kv_write": "qk_norm_rope_kv_write",
 }
+for _module in dict.fromkeys(OPS.values()):
+    importlib.import_module(f"qtts_compile.kernels.{_module.removesuffix('_qk')}")

@@ -8,13 +8,24 @@ from typing import Any
 import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
 
-def value(node: fx.Node) -> torch.Tensor:
+def value(node: Any) -> torch.Tensor:
     """Return the fake tensor that stands for a node's result."""
     return node.meta["val"]
+
+
+def operands(node: Any) -> tuple[Any, ...]:
+    """Return a node's arguments, typed for reading (fx types each as a union of twenty)."""
+    return node.args
+
+
+def keywords(node: Any) -> dict[str, Any]:
+    """Return a node's keyword arguments, typed for reading."""
+    return node.kwargs
 
 
 def dtypes_and_devices(graph: fx.Graph) -> list[tuple[torch.dtype, torch.device]]:
@@ -46,7 +57,8 @@ def insert_mutating(graph: fx.Graph, before: fx.Node, op: torch._ops.OpOverload,
     fakes = {name: _fakes(arg) for name, arg in kwargs.items()}
     result = op(**fakes)
     results = () if returns == 0 else (result,) if returns == 1 else tuple(result)
-    values = (*(results or (None,)), *(fakes[name] for name in mutated))
+    # The written arguments as new values: with the storage of the old ones, Inductor would see a use of the cache after its write, and copy it.
+    values = (*(results or (None,)), *(fakes[name].clone() for name in mutated))
     _annotate(call, values, like)
     first = 0 if returns else 1
     return [_annotate(_getitem(graph, before, call, i), values[i], like) for i in range(first, len(values))]
@@ -72,7 +84,7 @@ def _getitem(graph: fx.Graph, before: fx.Node, call: fx.Node, index: int) -> fx.
 
 
 def _fakes(args: Any) -> Any:
-    return fx.node.map_arg(args, lambda n: n.meta["val"])
+    return map_arg(args, lambda n: n.meta["val"])
 
 
 def _annotate(node: fx.Node, val: Any, like: fx.Node) -> fx.Node:

@@ -35,7 +35,7 @@ class Match:
     """A place in a graph: ``inputs`` in the pattern's argument order (None where the example had none), ``scalars`` by name."""
 
     anchor: fx.Node
-    inputs: tuple[fx.Node | None, ...]
+    inputs: tuple[Any, ...]
     scalars: dict[str, Any]
 
 
@@ -63,7 +63,7 @@ class Matcher:
         self.names = {value: name for name, value in scalars.items()}
         self.exact = exact
         self.placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        (self.output,) = fx.node.map_arg(graph.output_node().args, lambda n: n)[0:1]
+        self.output: Any = graph.output_node().args[0]
         self.failure = (-1, "")
 
     @property

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch._functorch.compile_utils import fx_graph_cse
+from torch._guards import tracing
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 from torch._inductor.virtualized import V
@@ -58,7 +59,7 @@ def trace(function: Callable, tensors: tuple[TensorSpec | None, ...], scalars: t
 
     Placeholders stand in the order of the tensors that are not None. Scalars are baked in as literals.
     """
-    with unset_fake_temporarily(), torch._guards.tracing(None), FakeTensorMode() as mode, V.set_fake_mode(mode), torch.no_grad():
+    with unset_fake_temporarily(), tracing(None), FakeTensorMode() as mode, V.set_fake_mode(mode), torch.no_grad():
         fakes = [None if t is None else torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device=t.device) for t in tensors]
 
         def call(*present: torch.Tensor) -> Any:

@@ -31,7 +31,7 @@ from qtts_compile.rewriter import rewrite
 log = logging.getLogger(__name__)
 
 
-def qtts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Callable:
+def qtts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Any:
     """Compile a Dynamo graph with Qwen3-TTS's building blocks rewritten to ``qtts::`` kernels.
 
     Args:

@@ -114,7 +114,7 @@ def _load(model: str | None, device: str | None, dtype: str | None) -> Any:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: torch sees no GPU here; `qtts env` says more")
-    if model is not None and not Path(model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if model is not None and not Path(model).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise UsageError(f"--model {model}: no such directory, nor a model id like Qwen/Qwen3-TTS-12Hz-1.7B-CustomVoice")
     try:
         qwen_tts = import_qwen_tts()

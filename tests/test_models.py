@@ -1,6 +1,7 @@
 """Eager sanity of the models the rewrites are proved on: stated structure, steps that agree, greedy codes that vary."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tests.models import CASES, ModelCase, Session, build_talker, case, generate
 
 NAMES = [c.name for c in CASES]
 MASKS = ["4d", "4d-additive", "2d", "none"]
-CLOSE = dict(rtol=0, atol=1e-5)
+CLOSE: dict[str, Any] = dict(rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +51,7 @@ def test_stack_has_the_stated_structure(stacks, name):
         assert config.rope_scaling["interleaved"] == (c.rope_layout == "interleaved")
         assert 2 * sum(c.sections) == c.head_dim
     inv_freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2) / c.head_dim)
-    torch.testing.assert_close(model.rotary_emb.inv_freq, inv_freq)
+    torch.testing.assert_close(model.get_buffer("rotary_emb.inv_freq"), inv_freq)
     for layer in model.layers:
         attention = layer.self_attn
         shapes = {n: tuple(getattr(attention, n).weight.shape) for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
@@ -85,7 +86,7 @@ def test_half_precision_build_is_the_same_model_rounded(stacks, name, dtype):
     model = case(name).build(dtype)
     for (n, half), full in zip(model.named_parameters(), stacks[name].parameters(), strict=True):
         assert torch.equal(half, full.to(dtype)), n
-    assert model.rotary_emb.inv_freq.dtype == torch.float32
+    assert model.get_buffer("rotary_emb.inv_freq").dtype == torch.float32
     half = decode(model, Session(model, case(name)), 6, 3)
     full = decode(stacks[name], Session(stacks[name], case(name)), 6, 3)
     assert half.dtype == dtype
@@ -140,6 +141,9 @@ def test_clone_and_reset_replay_the_session(stacks, cache):
     layers = session.cache.layers
     buffers = [layer.keys.data_ptr() for layer in layers]
     session.reset()
+    assert session.position == 0
+    if cache == "static":
+        assert not any(layer.keys.any() or layer.values.any() for layer in layers)
     assert torch.equal(decode(model, session, 5, 3), first)
     if cache == "static":
         assert [layer.keys.data_ptr() for layer in session.cache.layers] == buffers
@@ -219,30 +223,32 @@ def test_talker_joins_predictor_as_published(talkers):
         assert len(talker.code_predictor.lm_head) == 15
 
 
+@pytest.mark.parametrize("lengths", [[9], [5, 9, 7]], ids=["single", "padded"])
 @pytest.mark.parametrize("size", ["1.7b", "0.6b"])
-def test_greedy_codes_vary_and_have_no_ties(talkers, size):
+def test_greedy_codes_vary_and_have_no_ties(talkers, size, lengths):
     talker, frames, margins = talkers[size], 32, []
 
-    def record(module, args, logits):
-        best = logits[:, -1].topk(2).values
+    def record(logits):
+        best = logits.topk(2).values
         margins.append((best[:, 0] - best[:, 1]).min().item())
 
-    hooks = [head.register_forward_hook(record) for head in talker.code_predictor.lm_head]
+    hooks = [head.register_forward_hook(lambda module, args, logits: record(logits[:, -1])) for head in talker.code_predictor.lm_head]
     try:
         with torch.no_grad():
-            result = talker.generate(**generation_inputs(talker, frames, [9]), output_scores=True)
+            result = talker.generate(**generation_inputs(talker, frames, lengths), output_scores=True)
     finally:
         for hook in hooks:
             hook.remove()
     for scores in result.scores:
-        record(None, None, scores[:, None])
+        record(scores)
     assert len(margins) == frames * 15 + frames + 1
-    assert min(margins) > 1e-4
+    assert min(margins) > 2e-4
     codes = torch.stack([hidden[-1] for hidden in result.hidden_states if hidden[-1] is not None], dim=1)
-    assert codes.shape == (1, frames, 16)
+    assert codes.shape == (len(lengths), frames, 16)
     assert codes.min() >= 0 and codes.max() < 64
-    assert len({tuple(frame) for frame in codes[0].tolist()}) == frames
-    assert all(codes[0, :, group].unique().numel() >= 10 for group in range(16))
+    for row in codes:
+        assert len({tuple(frame) for frame in row.tolist()}) == frames
+        assert all(row[:, group].unique().numel() >= 10 for group in range(16))
 
 
 def test_greedy_codes_are_reproducible_and_seeded(talkers):
@@ -254,15 +260,13 @@ def test_greedy_codes_are_reproducible_and_seeded(talkers):
 
 @pytest.mark.parametrize("size", ["1.7b", "0.6b"])
 def test_padded_generation_equals_each_row_alone(talkers, size):
-    talker, lengths, frames = talkers[size], [5, 9, 7], 4
-    codes = generate_codes(talker, frames, lengths)
+    talker, lengths, frames = talkers[size], [5, 9, 7], 16
+    # transformers 5 does not penalise as many generated tokens as the row has padding, when a prompt is given as embeddings.
+    penalty: dict[str, Any] = dict(repetition_penalty=1.0)
+    codes = generate_codes(talker, frames, lengths, **penalty)
     together = generation_inputs(talker, frames, lengths)
     for row, length in enumerate(lengths):
-        alone = dict(together)
-        for name in ("inputs_embeds", "attention_mask"):
-            alone[name] = together[name][row : row + 1, -length:]
+        alone = {name: together[name][row : row + 1, -length:] for name in ("inputs_embeds", "attention_mask")}
         alone["trailing_text_hidden"] = together["trailing_text_hidden"][row : row + 1]
-        with torch.no_grad():
-            result = talker.generate(**alone)
-        assert torch.equal(torch.stack([h[-1] for h in result.hidden_states if h[-1] is not None], dim=1)[0], codes[row])
+        assert torch.equal(generate_codes(talker, frames, lengths, **penalty, **alone)[0], codes[row])
     assert not torch.equal(codes[0], codes[1])

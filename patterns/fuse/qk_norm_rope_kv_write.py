@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from qtts_compile.patterns.graph import insert, insert_mutating, value
+from qtts_compile.patterns.graph import insert, insert_mutating, keywords, operands, value
 from qtts_compile.patterns.scope import Scope
 
 NAME = "qk_norm_rope_kv_write"
@@ -46,14 +46,15 @@ def fuse(graph: fx.Graph, scope: Scope) -> None:
 
 
 def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
-    q_rope, k_cache, v_cache = attention.args[:3]
+    q_rope, k_cache, v_cache = operands(attention)[:3]
     k_write, v_write = _write_of(k_cache), _write_of(v_cache)
     if k_write is None or v_write is None:
         return None  # a growing cache, or a cache that this graph only reads: nothing to fuse with
-    k_rope = k_write.kwargs["src"]
+    k_args, v_args = keywords(k_write), keywords(v_write)
+    k_rope = k_args["src"]
     if any(node.target is not torch.ops.qtts.rotary.default for node in (q_rope, k_rope)) or q_rope.args[1:] != k_rope.args[1:]:
         return "queries and keys are not rotated by the same tables"
-    if k_write.kwargs["position"] is not v_write.kwargs["position"]:
+    if k_args["position"] is not v_args["position"]:
         return "keys and values are written at different positions"
     if len(k_rope.users) > 1:
         return "the rotated keys are read elsewhere"
@@ -65,18 +66,22 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
     if not all(point < user for node in (q_rope, k_cache, v_cache) for user in node.users):
         return "a result is read before both caches are written"
     op = torch.ops.qtts.qk_norm_rope_kv_write
+    cos, sin, sections, interleaved = operands(q_rope)[1:]
     arguments = dict(
         q=_heads_first(graph, point, q),
         k=_heads_first(graph, point, k),
-        v=v_write.kwargs["src"],
+        v=v_args["src"],
         q_weight=q.weight,
         k_weight=k.weight,
         q_eps=eps[0],
         k_eps=eps[-1],
-        **dict(zip(("cos", "sin", "sections", "interleaved"), q_rope.args[1:])),
-        k_cache=k_write.kwargs["cache"],
-        v_cache=v_write.kwargs["cache"],
-        position=k_write.kwargs["position"],
+        cos=cos,
+        sin=sin,
+        sections=sections,
+        interleaved=interleaved,
+        k_cache=k_args["cache"],
+        v_cache=v_args["cache"],
+        position=k_args["position"],
     )
     overload = op.tensor_eps if isinstance(eps[0], fx.Node) else op.default
     for old, new in zip((q_rope, k_cache, v_cache), insert_mutating(graph, point, overload, arguments, attention)):
@@ -89,19 +94,18 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
 def _write_of(cache: fx.Node) -> fx.Node | None:
     if cache.target is not operator.getitem:
         return None
-    call = cache.args[0]
-    if call.target is auto_functionalized and call.args[0] is torch.ops.qtts.kv_write.default:  # pyright: ignore
-        return call  # pyright: ignore[reportReturnType]
-    return None
+    call = operands(cache)[0]
+    is_write = call.target is auto_functionalized and call.args[0] is torch.ops.qtts.kv_write.default
+    return call if is_write else None
 
 
 def _normed(x: fx.Node) -> Normed:
     """Look through ``norm(x).transpose(1, 2)``; anything else is taken as it is."""
     ops = torch.ops.qtts.rms_norm
-    if x.target is torch.ops.aten.permute.default and list(x.args[1]) == [0, 2, 1, 3]:  # pyright: ignore
-        norm = x.args[0]
-        if norm.target in (ops.default, ops.tensor_eps) and value(norm.args[0]).dtype == value(norm).dtype:  # pyright: ignore
-            return Normed(norm.args[0], norm.args[1], norm.args[2], True)  # pyright: ignore
+    if x.target is torch.ops.aten.permute.default and list(operands(x)[1]) == [0, 2, 1, 3]:
+        norm = operands(x)[0]
+        if norm.target in (ops.default, ops.tensor_eps) and value(norm.args[0]).dtype == value(norm).dtype:
+            return Normed(*norm.args, transposed=True)
     return Normed(x, None, None, False)
 
 

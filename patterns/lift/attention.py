@@ -39,7 +39,7 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def _signature(node: fx.Node) -> bool:
-    return is_attention(node) and value(node.args[0]).shape[2] == 1  # pyright: ignore[reportArgumentType]
+    return is_attention(node) and value(node.args[0]).shape[2] == 1
 
 
 def _examples(graph: fx.Graph) -> Iterator[Example]:
@@ -55,7 +55,7 @@ def _examples(graph: fx.Graph) -> Iterator[Example]:
         masks: list[TensorSpec | None] = [None]
         for dtype in (torch.bool, query.dtype):
             masks += [TensorSpec.dense((b, h, tokens, slots), dtype, query.device) for b in {batch, 1} for h in {1, heads}]
-        for kv_heads in {heads, *(n for n in range(1, heads) if heads % n == 0)}:
+        for kv_heads in (n for n in range(1, heads + 1) if heads % n == 0):  # fewest first: repeat_kv is part of the longest spelling
             cache = TensorSpec.dense((batch, kv_heads, slots, query.shape[3]), query.dtype, query.device)
             for mask in masks:
                 yield Example((query, cache, cache, mask), (("scale", SCALE),))
@@ -66,7 +66,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
 
 
 def _check(match: Match) -> str | None:
-    q, k, v = (value(n) for n in match.inputs[:3])  # pyright: ignore[reportArgumentType]
+    q, k, v = (value(n) for n in match.inputs[:3])
     if q.shape[2] != 1:
         return "a prompt keeps PyTorch's attention"
     if k.shape != v.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,7 +30,7 @@ def _examples(graph: fx.Graph) -> Iterator[Example]:
 
 
 def _replace(graph: fx.Graph, match: Match) -> fx.Node:
-    arguments = dict(zip(("cache", "src", "position"), match.inputs))
+    arguments: dict[str, Any] = dict(zip(("cache", "src", "position"), match.inputs))
     return insert_mutating(graph, match.anchor, torch.ops.qtts.kv_write.default, arguments, match.anchor)[0]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
-from qtts_compile.patterns.graph import dtypes_and_devices, insert, value
+from qtts_compile.patterns.graph import dtypes_and_devices, insert, operands, value
 from qtts_compile.patterns.matching import Example, Match, Pattern
 from qtts_compile.patterns.tracing import TensorSpec
 
@@ -31,7 +32,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
     return insert(graph, match.anchor, *norm_call("rms_norm", x, weight, match.scalars["eps"]))
 
 
-def norm_call(op: str, *args: fx.Node | float | None) -> tuple:
+def norm_call(op: str, *args: Any) -> tuple[Any, ...]:
     """Return the op and its arguments, by the overload that fits an eps that is a number or a graph input."""
     packet = getattr(torch.ops.qtts, op)
     args = tuple(_widest(a) if isinstance(a, fx.Node) else a for a in args)
@@ -41,7 +42,7 @@ def norm_call(op: str, *args: fx.Node | float | None) -> tuple:
 def _widest(node: fx.Node) -> fx.Node:
     """Look through the cast of a 0-d graph input, so that eps keeps its float64 value."""
     if node.target is torch.ops.prims.convert_element_type.default and value(node).ndim == 0:
-        return node.args[0]  # pyright: ignore[reportReturnType]
+        return operands(node)[0]
     return node
 
 

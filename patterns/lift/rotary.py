@@ -70,7 +70,7 @@ def _replace(sections: Callable[[Match], tuple[list[int], bool]]) -> Callable[[f
 
 def _interleaved_sections(match: Match) -> tuple[list[int], bool]:
     s1, s2 = match.scalars["end1"] // 3, match.scalars["end2"] // 3
-    return [value(match.inputs[0]).shape[-1] // 2 - s1 - s2, s1, s2], True  # pyright: ignore[reportArgumentType]
+    return [value(match.inputs[0]).shape[-1] // 2 - s1 - s2, s1, s2], True
 
 
 def _concatenated_sections(match: Match) -> tuple[list[int], bool]:

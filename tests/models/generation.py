@@ -10,6 +10,7 @@ from .weights import randomise
 
 CODES = 64  # entries of every codebook; the talker's vocabulary has as many special tokens above them
 END_OF_SPEECH = CODES + 6
+SEED = 4  # inputs on which every greedy choice of 32 frames wins by 5e-4 or more, in both transformers lines (test_models.py)
 
 
 def build_talker(
@@ -29,7 +30,7 @@ def build_talker(
     return talker.eval().requires_grad_(False)
 
 
-def generation_inputs(talker: nn.Module, frames: int, lengths: list[int], seed: int = 0) -> dict[str, Any]:
+def generation_inputs(talker: nn.Module, frames: int, lengths: list[int], seed: int = SEED) -> dict[str, Any]:
     """Return the arguments of ``talker.generate`` for exactly ``frames`` greedy frames.
 
     ``lengths`` are the prompt lengths of the rows, padded at the left. The trailing text ends halfway, after which the talker is fed the
@@ -66,7 +67,10 @@ def generation_inputs(talker: nn.Module, frames: int, lengths: list[int], seed: 
 
 
 @torch.no_grad()
-def generate_codes(talker: Any, frames: int, lengths: list[int] | None = None, seed: int = 0) -> torch.Tensor:
-    """Return the codes ``[B, frames, 16]`` of greedy generation; ``lengths`` as in ``generation_inputs``, by default one prompt of 9."""
-    result = talker.generate(**generation_inputs(talker, frames, lengths or [9], seed))
+def generate_codes(talker: Any, frames: int, lengths: list[int] | None = None, seed: int = SEED, **overrides: Any) -> torch.Tensor:
+    """Return the codes ``[B, frames, 16]`` of greedy generation.
+
+    ``lengths`` are as in ``generation_inputs``, by default one prompt of 9; ``overrides`` replace arguments of ``talker.generate``.
+    """
+    result = talker.generate(**generation_inputs(talker, frames, lengths or [9], seed) | overrides)
     return torch.stack([hidden[-1] for hidden in result.hidden_states if hidden[-1] is not None], dim=1)

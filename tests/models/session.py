@@ -49,9 +49,9 @@ class Session:
             raise ValueError(f"axes {axes!r}: choose distinct or shared")
         if padding is not None and len(padding) != batch:
             raise ValueError(f"padding {padding} names {len(padding)} rows, batch has {batch}")
-        self.model, self.case, self.cache_kind, self.batch, self.max_len, self.axes, self.seed = (
-            model, case, cache, batch, max_len, axes, seed,
-        )  # fmt: skip
+        self.model, self.case, self.batch, self.max_len, self.seed = model, case, batch, max_len, seed
+        self.cache_kind: CacheKind = cache
+        self.axes: Axes = axes
         self.mask_kind: MaskKind = mask or ("4d" if cache == "static" else "2d")
         if self.mask_kind not in ("4d", "4d-additive", "2d", "none"):
             raise ValueError(f"mask {mask!r}: choose 4d, 4d-additive, 2d or none")

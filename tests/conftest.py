@@ -1,0 +1,42 @@
+"""Shared test setup: where kernels run, and how Hypothesis searches.
+
+``pytest`` runs every kernel test on the CPU, in Triton's interpreter; ``pytest -m gpu`` runs the same tests compiled, on a CUDA device,
+and fails without one. The two never share a process, because Triton decides once, when a kernel is defined, whether to interpret it.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parent / "kernels"))  # for numerics.py and interpreter.py, under any of pytest's import modes
+
+hypothesis.settings.register_profile(
+    "qtts",
+    max_examples=20,
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("qtts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; run with -m gpu")
+    config.option.markexpr = config.option.markexpr or "not gpu"
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["TRITON_INTERPRET"] = "1"
+        from interpreter import round_to_nearest_even  # pyright: ignore[reportMissingImports]
+
+        round_to_nearest_even()
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError("-m gpu needs a CUDA device, and PyTorch finds none")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernel under test runs: "cpu" (interpreted) or "cuda"."""
+    return request.param
