@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -83,13 +84,13 @@ def time_calls(call: Any, repeats: int = 7, calls: int = 40) -> list[float]:
     return figures
 
 
-def measure(part: str, size: str, names: dict[str, dict[str, Any] | None], profile: Path | None) -> list[dict[str, Any]]:
-    """Measure every variant of one part, in one process on one set of weights."""
+def measure(part: str, size: str, names: dict[str, dict[str, Any] | None], profile: Path | None) -> Iterator[dict[str, Any]]:
+    """Yield the figures of every variant of one part, in one process on one set of weights."""
     case = published(size, part)  # pyright: ignore[reportArgumentType]
     step = Step(case.build(torch.bfloat16, "cuda"), case, SLOTS[part])
     x = torch.randn(1, 1, case.hidden, device="cuda", dtype=torch.bfloat16)
     position = torch.tensor([POSITION[part]], device="cuda")
-    rows, reference = [], None
+    reference = None
     with torch.inference_mode():
         for layer in step.cache.layers:  # the positions before this step hold something
             layer.keys.normal_()
@@ -116,9 +117,7 @@ def measure(part: str, size: str, names: dict[str, dict[str, Any] | None], profi
                 row |= dict(ms=median(figures), ms_min=min(figures), ms_max=max(figures))
                 if profile and arguments is not None and "without" not in name:
                     write_profile(profile / f"{part}-{name.replace(' ', '-')}.txt", partial(call, x, position))
-            rows.append(row)
-            print(json.dumps({k: v for k, v in row.items() if k != "kernels"}), file=sys.stderr, flush=True)
-    return rows
+            yield row
 
 
 def write_profile(path: Path, call: Any, calls: int = 5) -> None:
@@ -147,9 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("bench.decode_step needs a CUDA GPU")
     result: dict[str, Any] = {"machine": describe(), "command": "python -m bench.decode_step " + " ".join(argv or sys.argv[1:]), "rows": []}
     for part in arguments.parts:
-        result["rows"] += measure(part, arguments.size, variants(arguments.without), arguments.profile)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(result, indent=1))
+        for row in measure(part, arguments.size, variants(arguments.without), arguments.profile):
+            result["rows"].append(row)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=1))
     print(f"{'part':10} {'variant':52} {'ms/step':>8} {'min':>8} {'max':>8} {'cosine':>9} {'compile s':>9} {'rewrite s':>9}")
     for row in result["rows"]:
         timing = " ".join(f"{row[k]:8.3f}" for k in ("ms", "ms_min", "ms_max")) if row["ms"] else f"{'not equal to eager':>26}"

@@ -129,7 +129,10 @@ def find(pattern: Pattern, graph: fx.Graph, refuse: Callable[[fx.Node, str], Non
     """Return the matches of ``pattern`` in ``graph``, in graph order; call ``refuse(anchor, reason)`` for near misses."""
     matches: dict[fx.Node, Match] = {}
     tried: set[str] = set()
+    shown = sum(node.op == "call_function" and pattern.signature(node) for node in graph.nodes)
     for example in pattern.examples(graph):
+        if len(matches) >= shown:
+            break
         traced = trace(pattern.search, example.tensors, example.scalars)
         key = f"{[t is None for t in example.tensors]} {traced}"
         if key in tried:

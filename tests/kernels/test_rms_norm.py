@@ -33,11 +33,13 @@ def test_wide_rows(device, width):
     assert_accurate(rms_norm_triton(x, weight, EPS), oracle(x, weight), rms_norm_reference(x, weight, EPS))
 
 
-def test_rounds_before_the_weight(device):
-    # x / rms(x) rounds to 1 in bfloat16, so the weight comes out as it is; a product in float32 would round some to a neighbour.
-    weight = (1 + torch.arange(128) / 128).to(device, torch.bfloat16)
-    x = torch.full((1, 128), 3.0, dtype=torch.bfloat16, device=device)
-    assert torch.equal(rms_norm_triton(x, weight, 0.03)[0], weight)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_before_the_weight(device, dtype):
+    x, weight = random_tensor(0, (50, 96), dtype, device), random_tensor(1, (96,), dtype, device)
+    y = rms_norm_triton(x, weight, EPS)
+    rounded_once = rms_norm_reference(x.float(), weight.float(), EPS).to(dtype)
+    assert (y == rms_norm_reference(x, weight, EPS)).double().mean() > 0.99
+    assert (y == rounded_once).double().mean() < 0.9
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 3, 64)])
