@@ -27,7 +27,7 @@ def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     Query heads share key heads in consecutive groups of ``Hq / Hk``. Meant for decoding: the work grows with ``T`` without reuse of the
     keys. ``mask`` broadcasts to ``[B, Hq, T, S]`` (its last dimension is ``S``) and is boolean (True: attend) or additive in any floating
     dtype. A key whose additive mask is at most ``finfo(mask.dtype).min`` is excluded like one whose boolean mask is False; keys that
-    every query of a program excludes are not read, and a row that excludes all its keys gives zeros.
+    every query excludes have no effect whatever they hold, tiles of them are not read, and a row that excludes all its keys gives zeros.
 
     Everything is computed in float32 and rounded once, to the dtype of ``q``. The result ``[B, Hq, T, D]`` has the strides of a
     transposed contiguous ``[B, T, Hq, D]``, so that ``.transpose(1, 2).reshape(B, T, Hq * D)`` is a view.
@@ -115,7 +115,7 @@ def _decode_attention_kernel(
     mask_stride_b, mask_stride_h, mask_stride_t, mask_stride_s,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
-    HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr, IS_SPLIT: tl.constexpr,
+    HAS_MASK: tl.constexpr, IS_BOOL: tl.constexpr, IS_SPLIT: tl.constexpr, IS_ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Serve ``BLOCK_M`` of the ``GROUP * T`` query rows of one key head, over the tiles of keys ``split, split + n_splits, ...``.
 
@@ -145,7 +145,7 @@ def _decode_attention_kernel(
     ahead = tl.arange(0, LOOK_AHEAD)
     for look in range(N_LOOKS):
         tiles = split + (look * LOOK_AHEAD + ahead) * n_splits
-        if HAS_MASK:
+        if HAS_MASK and not IS_ONE_TILE:
             # One look at the mask of several tiles costs one memory latency instead of one per excluded tile.
             keys = tiles.to(tl.int64)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
             is_live = tl.zeros([LOOK_AHEAD], tl.int32)
@@ -170,13 +170,17 @@ def _decode_attention_kernel(
                         bias = _load_bias(Mask_ptr + mask_row, tile_keys * mask_stride_s, readable & (row < GROUP * T), FLOOR, IS_BOOL)
                         is_read = tl.maximum(is_read, (bias != float("-inf")).to(tl.int32))
                         biases = biases + (bias,)
-                    readable = is_read > 0
+                    if not IS_ONE_TILE:
+                        readable = is_read > 0
                 else:
                     for _ in tl.static_range(BLOCK_M):
                         biases = biases + (tl.where(readable, 0.0, float("-inf")),)
                 in_tile = readable[:, None] & in_width[None, :]
                 k = tl.load(K_ptr + tile_keys[:, None] * k_stride_s + columns[None, :], mask=in_tile, other=0.0)
                 v = tl.load(V_ptr + tile_keys[:, None] * v_stride_s + columns[None, :], mask=in_tile, other=0.0)
+                if HAS_MASK and IS_ONE_TILE:
+                    # Keys, values and mask were requested together, to wait for memory once; what the mask excludes may hold anything.
+                    v = tl.where((is_read > 0)[:, None], v.to(tl.float32), 0.0)
                 new_states = ()
                 for m in tl.static_range(BLOCK_M):
                     row_max, row_sum, out = states[m]
@@ -264,7 +268,8 @@ def decode_attention_triton(
         GROUP=group, D=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         N_LOOKS=triton.next_power_of_2(triton.cdiv(tiles_per_split, look_ahead)), LOOK_AHEAD=look_ahead,
         FLOOR=torch.finfo(mask.dtype).min if mask is not None and mask.dtype != torch.bool else 0.0,
-        HAS_MASK=mask is not None, IS_BOOL=mask is not None and mask.dtype == torch.bool, IS_SPLIT=n_splits > 1, num_warps=4,
+        HAS_MASK=mask is not None, IS_BOOL=mask is not None and mask.dtype == torch.bool, IS_SPLIT=n_splits > 1,
+        IS_ONE_TILE=n_tiles == 1, num_warps=4,
     )  # fmt: skip
     if n_splits > 1:
         _combine_kernel[(n_rows,)](

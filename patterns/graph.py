@@ -10,12 +10,19 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx.node import map_arg
 
+from qtts_compile.patterns.tracing import TensorSpec
+
 aten = torch.ops.aten
 
 
 def value(node: Any) -> torch.Tensor:
     """Return the fake tensor that stands for a node's result."""
     return node.meta["val"]
+
+
+def shape(node: Any) -> tuple[int, ...]:
+    """Return the size of a node's result; symbolic sizes by their hints, so that reading them adds no guard."""
+    return TensorSpec.of(node.meta["val"]).shape
 
 
 def operands(node: Any) -> tuple[Any, ...]:

@@ -121,7 +121,7 @@ class Matcher:
             if p in self.names:
                 return bound.setdefault(self.names[p], n) == n and isinstance(n, (int, float, fx.Node))
             value = hint(n.meta.get("val")) if isinstance(n, fx.Node) else n
-            return value == p if self.exact else isinstance(value, (int, float)) or value is None
+            return isinstance(value, (int, float)) and (value == p or not self.exact)
         return p == n
 
 

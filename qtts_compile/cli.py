@@ -15,9 +15,9 @@ import torch
 
 from qtts_compile.demo_model import cached_checkpoint
 from qtts_compile.environment import collect_environment, import_qwen_tts
+from qtts_compile.options import MODES
 from qtts_compile.parity import Choices, Parity, compare, record
 
-MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEMO_TEXT = "Hello! This sentence was spoken through torch.compile."
 EMBEDDED = "Model: the embedded tiny one. Its weights are random, so the audio is noise, not speech."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qtts_compile.patterns.graph import getitem, insert, operands, value
+from qtts_compile.patterns.graph import getitem, insert, operands, shape, value
 from qtts_compile.patterns.lift.rms_norm import norm_call
 from qtts_compile.patterns.scope import Scope
 
@@ -19,7 +19,7 @@ def fuse(graph: fx.Graph, scope: Scope) -> None:
         total, weight, eps = operands(norm)
         if total.target is not torch.ops.aten.add.Tensor or total.kwargs or not scope.allows(NAME, norm):
             continue
-        if not all(isinstance(a, fx.Node) and value(a).shape == value(total).shape and value(a).dtype == value(total).dtype for a in total.args):
+        if not all(isinstance(a, fx.Node) and shape(a) == shape(total) and value(a).dtype == value(total).dtype for a in total.args):
             scope.refuse(NAME, norm, "the addition broadcasts or promotes")
             continue
         point = total.next

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qtts_compile.patterns.graph import getitem, insert, value
+from qtts_compile.patterns.graph import getitem, insert, shape, value
 from qtts_compile.patterns.scope import Scope
 
 NAME = "rotary_qk"
@@ -28,5 +28,5 @@ def fuse(graph: fx.Graph, scope: Scope) -> None:
 
 
 def _same_tokens(q: fx.Node, k: fx.Node) -> bool:
-    a, b = value(q), value(k)
-    return (a.shape[0], *a.shape[2:]) == (b.shape[0], *b.shape[2:]) and a.dtype == b.dtype
+    (batch, _, *tokens), (k_batch, _, *k_tokens) = shape(q), shape(k)
+    return (batch, tokens, value(q).dtype) == (k_batch, k_tokens, value(k).dtype)

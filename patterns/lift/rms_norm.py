@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qtts_compile.patterns.graph import dtypes_and_devices, insert, operands, value
+from qtts_compile.patterns.graph import dtypes_and_devices, insert, operands, shape, value
 from qtts_compile.patterns.matching import Example, Match, Pattern
 from qtts_compile.patterns.tracing import TensorSpec
 
@@ -22,8 +22,8 @@ def _search(x: torch.Tensor, weight: torch.Tensor, *, eps: float) -> torch.Tenso
 def _examples(graph: fx.Graph) -> Iterator[Example]:
     for dtype, device in dtypes_and_devices(graph):
         for weight_dtype in dict.fromkeys((dtype, torch.float32)):
-            for shape in ((1, 1, 24), (2, 3, 4, 24)):
-                tensors = (TensorSpec.dense(shape, dtype, device), TensorSpec.dense((24,), weight_dtype, device))
+            for size in ((1, 1, 24), (2, 3, 4, 24)):
+                tensors = (TensorSpec.dense(size, dtype, device), TensorSpec.dense((24,), weight_dtype, device))
                 yield Example(tensors, (("eps", 1.25e-5),))
 
 
@@ -47,9 +47,12 @@ def _widest(node: fx.Node) -> fx.Node:
 
 
 def _check(match: Match) -> str | None:
-    x, weight = (value(n) for n in match.inputs if n is not None)
-    if weight.ndim != 1 or weight.shape[0] != x.shape[-1]:
-        return f"weight of shape {tuple(weight.shape)} for rows of {x.shape[-1]}"
+    x, weight = map(shape, match.inputs)
+    if weight != x[-1:]:
+        return f"weight of shape {weight} for rows of {x[-1]}"
+    eps = match.scalars["eps"]
+    if isinstance(eps, fx.Node) and (shape(eps) or value(_widest(eps)).device.type != "cpu"):
+        return f"eps is a tensor of shape {shape(eps)} on {value(eps).device}, not a number"
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from qtts_compile.patterns.graph import dtypes_and_devices, insert, value
+from qtts_compile.patterns.graph import dtypes_and_devices, insert, shape
 from qtts_compile.patterns.matching import Example, Match, Pattern
 from qtts_compile.patterns.tracing import TensorSpec
 
@@ -70,7 +70,7 @@ def _replace(sections: Callable[[Match], tuple[list[int], bool]]) -> Callable[[f
 
 def _interleaved_sections(match: Match) -> tuple[list[int], bool]:
     s1, s2 = match.scalars["end1"] // 3, match.scalars["end2"] // 3
-    return [value(match.inputs[0]).shape[-1] // 2 - s1 - s2, s1, s2], True
+    return [shape(match.inputs[0])[-1] // 2 - s1 - s2, s1, s2], True
 
 
 def _concatenated_sections(match: Match) -> tuple[list[int], bool]:
@@ -78,9 +78,9 @@ def _concatenated_sections(match: Match) -> tuple[list[int], bool]:
 
 
 def _check(match: Match) -> str | None:
-    x, cos, sin = (value(n) for n in match.inputs if n is not None)
-    if x.ndim != 4 or cos.shape != sin.shape or cos.shape[-1] != x.shape[-1]:
-        return f"x {tuple(x.shape)} with cos {tuple(cos.shape)} and sin {tuple(sin.shape)}"
+    x, cos, sin = map(shape, match.inputs)
+    if len(x) != 4 or cos != sin or cos[-1] != x[-1]:
+        return f"x {x} with cos {cos} and sin {sin}"
     if any(isinstance(s, fx.Node) or (name.startswith("end") and s % 3) for name, s in match.scalars.items()):
         return f"sections {match.scalars}"
     return None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from qtts_compile.patterns.graph import dtypes_and_devices, insert, value
+from qtts_compile.patterns.graph import dtypes_and_devices, insert, shape
 from qtts_compile.patterns.matching import Example, Match, Pattern
 from qtts_compile.patterns.tracing import TensorSpec
 
@@ -28,9 +28,9 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
 
 
 def _check(match: Match) -> str | None:
-    gate, up = (value(n) for n in match.inputs if n is not None)
-    if gate.shape != up.shape:
-        return f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ in shape"
+    gate, up = map(shape, match.inputs)
+    if gate != up:
+        return f"gate {gate} and up {up} differ in shape"
     return None
 
 
