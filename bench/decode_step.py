@@ -1,7 +1,8 @@
 """Time one decode step of the talker and of the code predictor: eager, Inductor, this backend, and this backend without each rewrite.
 
 Run: ``python -m bench.decode_step [--size 1.7b] [--parts talker predictor] [--without] [--json FILE] [--profile DIR]``. Random weights at the
-published shapes, batch 1, static cache, bfloat16. Every row checks its output against eager before it is timed.
+published shapes, batch 1, static cache, bfloat16. Every row checks its output against eager before it is
+timed, and the rows are timed in turns, so that a change of clocks or temperature meets them all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -67,57 +67,63 @@ def variants(without: bool) -> dict[str, dict[str, Any] | None]:
     return rows
 
 
-def time_calls(call: Any, repeats: int = 7, calls: int = 40) -> list[float]:
-    """Return milliseconds per call, one figure per repeat."""
-    for _ in range(5):
+def time_calls(call: Any, calls: int = 40) -> tuple[float, float]:
+    """Return GPU milliseconds per call, and the milliseconds the host takes to issue one (no less than the first: the host is what limits)."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()
+    torch.cuda.synchronize()
+    issued = time.perf_counter()
+    start.record()
+    for _ in range(calls):
         call()
-    figures = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(calls):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        figures.append(start.elapsed_time(end) / calls)
-    return figures
+    end.record()
+    issued = time.perf_counter() - issued
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls, 1000 * issued / calls
 
 
-def measure(part: str, size: str, names: dict[str, dict[str, Any] | None], profile: Path | None) -> Iterator[dict[str, Any]]:
-    """Yield the figures of every variant of one part, in one process on one set of weights."""
+def measure(part: str, size: str, names: dict[str, dict[str, Any] | None], rounds: int, profile: Path | None) -> list[dict[str, Any]]:
+    """Measure every variant of one part on one set of weights: compile and check them all, then time them in turns, ``rounds`` times."""
     case = published(size, part)  # pyright: ignore[reportArgumentType]
     step = Step(case.build(torch.bfloat16, "cuda"), case, SLOTS[part])
     x = torch.randn(1, 1, case.hidden, device="cuda", dtype=torch.bfloat16)
     position = torch.tensor([POSITION[part]], device="cuda")
-    reference = None
-    with torch.inference_mode():
-        for layer in step.cache.layers:  # the positions before this step hold something
-            layer.keys.normal_()
-            layer.values.normal_()
-        for name, arguments in names.items():
-            torch.compiler.reset()
-            call = step if arguments is None else torch.compile(step, fullgraph=True, **arguments)
-            started = time.perf_counter()
-            with collect() as report:
-                out = call(x, position).clone()
-                torch.cuda.synchronize()
-                compile_s = time.perf_counter() - started
-                for _ in range(3):
-                    call(x, position)
-            reference = out if reference is None else reference
-            cosine = torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0).item()
-            row: dict[str, Any] = dict(part=part, size=size, variant=name, cosine_with_eager=cosine, compile_s=compile_s)
-            row |= dict(cudagraph_skips=report.cudagraph_skips, kernels=dict(report.kernels), rewrite_s=sum(graph.seconds for graph in report.graphs))
-            row["refusals"] = sorted({f"{r.rewrite}: {r.reason}" for r in report.refusals})
-            if cosine < COSINE_FLOOR:
-                row["ms"] = None  # no speed for a result that is not right
-            else:
-                figures = time_calls(partial(call, x, position))
-                row |= dict(ms=median(figures), ms_min=min(figures), ms_max=max(figures))
-                if profile and arguments is not None and "without" not in name:
-                    write_profile(profile / f"{part}-{name.replace(' ', '-')}.txt", partial(call, x, position))
-            yield row
+    for layer in step.cache.layers:  # the positions before this step hold something
+        layer.keys.normal_()
+        layer.values.normal_()
+    torch.compiler.reset()
+    rows, calls, reference = [], {}, None
+    for name, arguments in names.items():
+        call = step if arguments is None else torch.compile(step, fullgraph=True, **arguments)
+        started = time.perf_counter()
+        with collect() as report:
+            out = call(x, position).clone()
+            torch.cuda.synchronize()
+            compile_s = time.perf_counter() - started
+            for _ in range(3):
+                call(x, position)
+        reference = out if reference is None else reference
+        cosine = torch.cosine_similarity(out.double().flatten(), reference.double().flatten(), dim=0).item()
+        row: dict[str, Any] = dict(part=part, size=size, variant=name, cosine_with_eager=cosine, compile_s=compile_s)
+        row |= dict(cudagraph_skips=report.cudagraph_skips, kernels=dict(report.kernels), rewrite_s=sum(graph.seconds for graph in report.graphs))
+        row["refusals"] = sorted({f"{r.rewrite}: {r.reason}" for r in report.refusals})
+        rows.append(row)
+        if cosine >= COSINE_FLOOR:  # no speed for a result that is not right
+            calls[name] = partial(call, x, position)
+        print(f"{part} {name}: compiled in {compile_s:.1f} s, cosine {cosine:.6f}", file=sys.stderr, flush=True)
+    figures: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            figures[name].append(time_calls(call))
+    for row in rows:
+        taken = figures.get(row["variant"])
+        row["ms"] = None
+        if taken:
+            gpu, host = zip(*taken)
+            row |= dict(ms=median(gpu), ms_min=min(gpu), ms_max=max(gpu), host_ms=median(host))
+            if profile and names[row["variant"]] and "without" not in row["variant"]:
+                write_profile(profile / f"{part}-{row['variant'].replace(' ', '-')}.txt", calls[row["variant"]])
+    return rows
 
 
 def write_profile(path: Path, call: Any, calls: int = 5) -> None:
@@ -139,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", default="1.7b", choices=("0.6b", "1.7b"))
     parser.add_argument("--parts", nargs="+", default=["talker", "predictor"], choices=("talker", "predictor"))
     parser.add_argument("--without", action="store_true", help="also measure with each rewrite switched off")
+    parser.add_argument("--rounds", type=int, default=9, help="each round times every variant once")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path)
     arguments = parser.parse_args(argv)
@@ -146,13 +153,13 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("bench.decode_step needs a CUDA GPU")
     result: dict[str, Any] = {"machine": describe(), "command": "python -m bench.decode_step " + " ".join(argv or sys.argv[1:]), "rows": []}
     for part in arguments.parts:
-        for row in measure(part, arguments.size, variants(arguments.without), arguments.profile):
-            result["rows"].append(row)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(result, indent=1))
-    print(f"{'part':10} {'variant':52} {'ms/step':>8} {'min':>8} {'max':>8} {'cosine':>9} {'compile s':>9} {'rewrite s':>9}")
+        with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64):
+            result["rows"] += measure(part, arguments.size, variants(arguments.without), arguments.rounds, arguments.profile)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1))
+    print(f"{'part':10} {'variant':52} {'ms/step':>8} {'min':>8} {'max':>8} {'host':>8} {'cosine':>9} {'compile s':>9} {'rewrite s':>9}")
     for row in result["rows"]:
-        timing = " ".join(f"{row[k]:8.3f}" for k in ("ms", "ms_min", "ms_max")) if row["ms"] else f"{'not equal to eager':>26}"
+        timing = " ".join(f"{row[k]:8.3f}" for k in ("ms", "ms_min", "ms_max", "host_ms")) if row["ms"] else f"{'not equal to eager':>35}"
         print(f"{row['part']:10} {row['variant']:52} {timing} {row['cosine_with_eager']:9.6f} {row['compile_s']:9.1f} {row['rewrite_s']:9.2f}")
 
 

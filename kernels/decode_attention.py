@@ -162,8 +162,8 @@ def _decode_attention_kernel(
                 tile_keys = (split + (look * LOOK_AHEAD + i) * n_splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
                 readable = tile_keys < S
                 biases = ()
+                is_read = tl.zeros([BLOCK_N], tl.int32)
                 if HAS_MASK:
-                    is_read = tl.zeros([BLOCK_N], tl.int32)
                     for m in tl.static_range(BLOCK_M):
                         row = first_row + m
                         mask_row = _row_offset(row, T, GROUP, batch, k_head, mask_stride_b, mask_stride_h, mask_stride_t)
@@ -180,7 +180,7 @@ def _decode_attention_kernel(
                 v = tl.load(V_ptr + tile_keys[:, None] * v_stride_s + columns[None, :], mask=in_tile, other=0.0)
                 if HAS_MASK and IS_ONE_TILE:
                     # Keys, values and mask were requested together, to wait for memory once; what the mask excludes may hold anything.
-                    v = tl.where((is_read > 0)[:, None], v.to(tl.float32), 0.0)
+                    v = tl.where(tl.expand_dims(is_read, 1) > 0, v.to(tl.float32), 0.0)
                 new_states = ()
                 for m in tl.static_range(BLOCK_M):
                     row_max, row_sum, out = states[m]
@@ -237,9 +237,14 @@ def choose_splits(n_tiles: int, n_programs: int, device: torch.device) -> int:
 
 
 def decode_attention_triton(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, n_splits: int | None = None
-) -> torch.Tensor:
-    """Launch the kernels of :func:`decode_attention`; ``n_splits`` overrides the number of programs that share the keys of one head."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float,
+    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Launch the kernels of :func:`decode_attention`.
+
+    ``n_splits`` (programs that share the keys of one head), ``block_n`` (keys in a tile) and ``num_warps`` override what is chosen from the
+    shapes. One tile is served fastest by few warps: on an H200, 16 keys of 128 take 2.4 us with one warp and 3.6 us with four.
+    """
     out = decode_attention_fake(q, k, v, mask, scale)
     if out.numel() == 0:
         return out
@@ -251,7 +256,7 @@ def decode_attention_triton(
     group = q_heads // k_heads
     block_d = triton.next_power_of_2(width)
     block_m = min(4, triton.next_power_of_2(group * tokens))
-    block_n = max(16, min(32, 4096 // block_d))
+    block_n = block_n or max(16, min(32, 4096 // block_d, triton.next_power_of_2(keys)))
     n_tiles = triton.cdiv(keys, block_n)
     n_programs = batch * k_heads * triton.cdiv(group * tokens, block_m)
     n_splits = n_splits or choose_splits(n_tiles, n_programs, q.device)
@@ -269,7 +274,7 @@ def decode_attention_triton(
         N_LOOKS=triton.next_power_of_2(triton.cdiv(tiles_per_split, look_ahead)), LOOK_AHEAD=look_ahead,
         FLOOR=torch.finfo(mask.dtype).min if mask is not None and mask.dtype != torch.bool else 0.0,
         HAS_MASK=mask is not None, IS_BOOL=mask is not None and mask.dtype == torch.bool, IS_SPLIT=n_splits > 1,
-        IS_ONE_TILE=n_tiles == 1, num_warps=4,
+        IS_ONE_TILE=n_tiles == 1, num_warps=num_warps or (max(1, block_n * block_d // 2048) if n_tiles == 1 else 4),
     )  # fmt: skip
     if n_splits > 1:
         _combine_kernel[(n_rows,)](

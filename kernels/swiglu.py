@@ -68,7 +68,7 @@ def swiglu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     gate_rows, gate_layout = as_rows(gate)
     up_rows, up_layout = as_rows(up)
     grid = (gate.numel() // width * triton.cdiv(width, BLOCK_D),)
-    _swiglu_kernel[grid](gate_rows, up_rows, y, width, *gate_layout, *up_layout, BLOCK_D=BLOCK_D, num_warps=2)
+    _swiglu_kernel[grid](gate_rows, up_rows, y, width, *gate_layout, *up_layout, BLOCK_D=BLOCK_D, num_warps=4)
     return y
 
 

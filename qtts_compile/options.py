@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +42,8 @@ class Options:
         given = dict(options or {})
         if mode is not None and "mode" in given and given["mode"] != mode:
             raise ValueError(f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other; give one of them")
-        chosen = given.pop("mode", None) or mode or "default"
-        _one_of("mode", chosen, MODES)
-        known: dict[str, Any] = {"mode": chosen}
+        chosen = given.pop("mode", mode)
+        known: dict[str, Any] = {"mode": "default" if chosen is None else _one_of("mode", chosen, MODES)}
         if "layers" in given:
             known["layers"] = _layers(given.pop("layers"))
         if "disable" in given:
@@ -86,7 +85,7 @@ def _layers(value: Any) -> tuple[int, int]:
 def _disable(value: Any) -> frozenset[str]:
     from qtts_compile.patterns.catalogue import OPS
 
-    if isinstance(value, str) or not all(isinstance(name, str) for name in value):
+    if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"disable={value!r} is not a collection of names of rewrites; valid: {', '.join(OPS)}")
     unknown = [name for name in value if name not in OPS]
     if unknown:

@@ -68,14 +68,21 @@ def _lift(pattern: Pattern, graph: fx.Graph, scope: Scope, refused: list[tuple[f
 
     if pattern.name in scope.disabled:
         return 0
-    count = 0
+    replaced: dict[fx.Node | None, fx.Node] = {}
     for match in find(pattern, graph, refuse):
-        if scope.allows(pattern.name, match.anchor):
-            match.anchor.replace_all_uses_with(pattern.replace(graph, match))
-            log.debug("%s at %s", pattern.name, module_path(match.anchor) or "(top)")
-            count += 1
+        if not scope.allows(pattern.name, match.anchor):
+            continue
+        match.inputs = tuple(replaced.get(n, n) for n in match.inputs)  # one match may read another's result
+        try:
+            new = pattern.replace(graph, match)
+        except (TypeError, ValueError) as error:  # the op's own check of its arguments
+            refuse(match.anchor, str(error))
+            continue
+        match.anchor.replace_all_uses_with(new)
+        replaced[match.anchor] = new
+        log.debug("%s at %s", pattern.name, module_path(match.anchor) or "(top)")
     graph.eliminate_dead_code()
-    return count
+    return len(replaced)
 
 
 def _left_over(graph: fx.Graph, scope: Scope, refused: list[Refusal]) -> list[Refusal]:

@@ -14,6 +14,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parent / "kernels"))  # for numerics.py and interpreter.py, under any of pytest's import modes
 
+# The test processes share the machine, and small operators run many times slower when several threads wait for each other.
+torch.set_num_threads(1)
+
 hypothesis.settings.register_profile(
     "qtts",
     max_examples=20,

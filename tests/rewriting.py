@@ -181,17 +181,21 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).min().item()
 
 
-def rewritten(function: Any, *inputs: torch.Tensor, dynamic: bool | None = None, **options: Any) -> tuple[GraphReport, Graphs]:
+def rewritten(
+    function: Any, *inputs: torch.Tensor, dynamic: bool | None = None, tolerance: float | None = None, **options: Any
+) -> tuple[GraphReport, Graphs]:
     """Compile a function of tensors that is one graph; check its results, and what it wrote into its inputs, against eager.
 
+    tolerance: largest absolute difference, by default torch.testing's for the dtype.
     options: of the backend.
     """
     torch._dynamo.reset()
+    bounds = {} if tolerance is None else dict(rtol=0, atol=tolerance)
     copies = [x.clone() for x in inputs]
     with torch.inference_mode(), collect() as report, captured() as graphs:
         expected = function(*copies)
         options = {"executor": "eager", **options}
         result = torch.compile(function, backend=backend.qtts, fullgraph=True, dynamic=dynamic, options=options)(*inputs)
-    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(result, expected, **bounds)
     torch.testing.assert_close(inputs, tuple(copies))
     return report.graphs[0], graphs[0]

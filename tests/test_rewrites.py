@@ -133,6 +133,9 @@ def test_no_original_operator_is_left(setup):
 def test_cos_and_sin_are_built_once_per_graph(setup):
     for _, _, graphs in run(setup).compiled_graphs():
         assert count(graphs.rewritten, "aten.cos.") == count(graphs.rewritten, "aten.sin.") == 1
+        merges = "slice_scatter", "split_with_sizes", "aten.select"
+        assert bool(count(graphs.before, *merges)) == (setup.case.rope_axes == 3)
+        assert count(graphs.rewritten, *merges) == 0, "the axes are merged outside the kernel"
 
 
 def cache_sized(graphs: Graphs, run: Run, *names: str) -> list[str]:

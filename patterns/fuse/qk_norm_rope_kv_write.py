@@ -38,6 +38,8 @@ class Normed(NamedTuple):
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
     """Fuse what stands between the projections and the attention of every layer."""
+    if "rotary" in scope.disabled:
+        return
     for attention in [n for n in graph.nodes if n.target is torch.ops.qtts.decode_attention.default]:
         if scope.allows(NAME, attention):
             reason = _fuse_layer(graph, attention)
@@ -62,7 +64,7 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
     eps = [n.eps for n in (q, k) if n.eps is not None] or [NO_EPS]
     if isinstance(eps[0], fx.Node) is not isinstance(eps[-1], fx.Node):
         return "one eps is a number, the other a graph input"
-    point = max(k_write, v_write)
+    point = max(q_rope, k_write, v_write)
     if not all(point < user for node in (q_rope, k_cache, v_cache) for user in node.users):
         return "a result is read before both caches are written"
     op = torch.ops.qtts.qk_norm_rope_kv_write

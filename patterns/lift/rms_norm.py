@@ -35,7 +35,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
 def norm_call(op: str, *args: Any) -> tuple[Any, ...]:
     """Return the op and its arguments, by the overload that fits an eps that is a number or a graph input."""
     packet = getattr(torch.ops.qtts, op)
-    args = tuple(_widest(a) if isinstance(a, fx.Node) else a for a in args)
+    args = tuple(_widest(a) if isinstance(a, fx.Node) else float(a) if isinstance(a, int) else a for a in args)
     return (packet.default if any(isinstance(a, float) for a in args) else packet.tensor_eps), *args
 
 

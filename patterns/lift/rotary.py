@@ -16,7 +16,7 @@ from qtts_compile.patterns.matching import Example, Match, Pattern
 from qtts_compile.patterns.tracing import TensorSpec
 
 # Sizes that occur nowhere else in the traces, so that the sections of a model can be told from other numbers.
-SECTIONS = (11, 7, 5)
+SECTIONS = (11, 8, 7)
 HEAD_DIM = 2 * sum(SECTIONS)
 
 

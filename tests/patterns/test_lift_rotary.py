@@ -95,11 +95,13 @@ def test_queries_and_keys_with_tables_of_their_own_are_not_paired():
     assert kernels(report) == {"rotary": 2}
 
 
-def test_queries_and_keys_of_different_length_are_not_paired():
+def test_tables_of_another_length_are_refused():
     def function(q, k, cos, sin):
         return apply_rotary(q, q, cos, sin)[0], apply_rotary(k[:, :, :1], k, cos, sin)[0]
 
-    rewritten(function, *inputs(axes=()))
+    report, _ = rewritten(function, *inputs(axes=()))
+    assert kernels(report) == {"rotary": 1}
+    assert [(refusal.rewrite, "cos must have the shape" in refusal.reason) for refusal in report.refusals] == [("rotary", True)]
 
 
 def test_a_rotation_that_feeds_the_next_is_not_paired_with_it():

@@ -1,0 +1,345 @@
+"""The entry: torch.compile(model, backend="qtts") as a user calls it."""
+
+import importlib.metadata
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from models import Session, case
+from rewriting import captured, expected_kernels, kernels, rewritten, side_by_side
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import fresh_cache
+
+from qtts_compile import NotRewritten, backend, collect
+from qtts_compile.options import MODES
+from qtts_compile.patterns.catalogue import OPS
+
+SMALL = replace(case("predictor"), layers=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SMALL.build(torch.float32)
+
+
+def norm(x, weight):
+    return weight * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def tensors(requires_grad=False):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).requires_grad_(requires_grad) for shape in ((2, 3, 24), (24,))]
+
+
+def compiled(function, *inputs, **options):
+    torch._dynamo.reset()
+    with collect() as report:
+        result = torch.compile(function, backend="qtts", **options)(*inputs)
+    return result, report
+
+
+def subprocess_output(code, **environment):
+    """Run Python code outside the checkout, with nothing of ours imported."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TORCH_LOGS")} | environment
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd="/", env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+NORM_IN_A_SCRIPT = """
+    import sys, torch
+    def norm(x, weight):
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    x, weight = torch.randn(2, 24), torch.randn(24)
+    before = [name for name in sys.modules if name.startswith("qtts")]
+    with torch.inference_mode():
+        result = torch.compile(norm, backend="qtts", fullgraph=True, options={"executor": "eager"})(x, weight)
+    torch.testing.assert_close(result, norm(x, weight))
+    print(before, "qtts_compile.backend" in sys.modules, "qtts" in torch._dynamo.list_backends())
+"""
+
+
+def test_the_entry_point_is_installed():
+    (entry,) = importlib.metadata.entry_points(group="torch_dynamo_backends", name="qtts")
+    assert entry.load() is backend.qtts
+
+
+def test_the_backend_is_found_with_no_import_of_ours():
+    out, err = subprocess_output(NORM_IN_A_SCRIPT)
+    assert out.split() == ["[]", "True", "True"]
+    assert "qtts_compile" not in err
+
+
+def test_torch_logs_shows_each_match():
+    _, err = subprocess_output(NORM_IN_A_SCRIPT, TORCH_LOGS="+qtts_compile")
+    assert "rms_norm at (top)" in err and "nodes ->" in err
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_accepted_as_mode_and_as_option(mode):
+    with torch.inference_mode():
+        for how in (dict(mode=mode), dict(options={"mode": mode})):
+            result, report = compiled(norm, *tensors(), **how)
+            torch.testing.assert_close(result, norm(*tensors()))
+            assert report.kernels == {"rms_norm": 1}
+
+
+def test_modes_and_options_reach_inductor():
+    seen = {}
+
+    class Look(CustomGraphPass):
+        def __call__(self, graph):
+            seen.update(cudagraphs=config.triton.cudagraphs, autotune=config.max_autotune, seed=config.fallback_random)
+
+        def uuid(self):
+            return "look"
+
+    options = {"mode": "reduce-overhead", "max_autotune": True, "fallback_random": True, "post_grad_custom_pre_pass": Look()}
+    with fresh_cache(), torch.inference_mode():
+        compiled(norm, *tensors(), options=options)
+    assert seen == {"cudagraphs": True, "autotune": True, "seed": True}
+
+
+@pytest.mark.parametrize("executor", ["eager", "inductor"])
+def test_a_pass_of_the_user_s_own_still_runs_and_sees_the_kernels(executor):
+    seen = []
+
+    class Look(CustomGraphPass):
+        def __call__(self, graph):
+            seen.append([str(node.target) for node in graph.nodes if node.op == "call_function"])
+
+        def uuid(self):
+            return f"look {executor}"
+
+    with fresh_cache(), torch.inference_mode(), config.patch(post_grad_custom_pre_pass=Look()):
+        compiled(norm, *tensors(), options={"executor": executor})
+    assert seen == [["qtts.rms_norm.default"]]
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_dynamic_is_accepted_and_lengths_may_change(dynamic):
+    torch._dynamo.reset()
+    function = torch.compile(norm, backend="qtts", dynamic=dynamic, options={"executor": "eager"})
+    _, weight = tensors()
+    with torch.inference_mode(), collect() as report:
+        for length in (5, 6, 7, 8):
+            x = torch.randn(2, length, 24)
+            torch.testing.assert_close(function(x, weight), norm(x, weight))
+    assert len(report.graphs) == {None: 2, True: 1, False: 4}[dynamic]
+    assert all(kernels(graph) == {"rms_norm": 1} for graph in report.graphs)
+
+
+def test_no_grad_is_enough():
+    with torch.no_grad():
+        assert compiled(norm, *tensors(), options={"executor": "eager"})[1].kernels == {"rms_norm": 1}
+
+
+def test_training_is_left_to_inductor_with_a_note_and_right_gradients():
+    x, weight = tensors(requires_grad=True)
+    result, report = compiled(norm, x, weight, options={"executor": "eager", "strict": True})
+    result.square().sum().backward()
+    gradients = x.grad, weight.grad
+    x, weight = tensors(requires_grad=True)
+    norm(x, weight).square().sum().backward()
+    torch.testing.assert_close(gradients, (x.grad, weight.grad))
+    assert report.graphs and report.kernels == report.lifted == {}
+    assert all("inference_mode" in note for graph in report.graphs for note in graph.notes) and report.graphs[0].notes
+
+
+def test_compiler_reset_recompiles_and_calls_ours():
+    torch._dynamo.reset()
+    function = torch.compile(norm, backend="qtts", options={"executor": "eager"})
+    with torch.inference_mode():
+        for expected in (1, 0):
+            with collect() as report:
+                function(*tensors())
+            assert len(report.graphs) == expected
+        with mock.patch.object(backend.qtts, "reset") as reset:
+            torch.compiler.reset()
+        assert reset.called
+        with collect() as report:
+            function(*tensors())
+        assert report.kernels == {"rms_norm": 1}
+
+
+def test_a_warm_cache_gives_the_same_report():
+    def function(x, weight):
+        return norm(x.cos(), weight).sin()
+
+    with fresh_cache(), torch.inference_mode():
+        reports = []
+        for hits in (0, 1):
+            counters.clear()
+            result, report = compiled(function, *tensors())
+            torch.testing.assert_close(result, function(*tensors()))
+            assert counters["inductor"]["fxgraph_cache_hit"] == hits
+            reports.append(report.to_dict())
+    for report in reports:
+        report["graphs"][0].pop("seconds")
+    assert reports[0] == reports[1] and reports[0]["kernels"] == {"rms_norm": 1}
+
+
+def test_without_a_compiler_the_graph_runs_op_by_op_and_says_so():
+    with (
+        mock.patch.object(backend, "_missing_compiler", lambda: "no C++ compiler (g++) is installed"),
+        mock.patch.object(backend, "compile_fx_inner", side_effect=AssertionError("Inductor was called")),
+        torch.inference_mode(),
+        pytest.warns(UserWarning, match=r"no C\+\+ compiler \(g\+\+\) is installed; .* op by op"),
+    ):
+        result, report = compiled(lambda x, weight: norm(x.cos(), weight).sin(), *tensors())
+    x, weight = tensors()
+    torch.testing.assert_close(result, norm(x.cos(), weight).sin())
+    assert report.kernels == {"rms_norm": 1}
+    assert report.graphs[0].notes == ["no C++ compiler (g++) is installed: the graph runs op by op"]
+
+
+@pytest.fixture
+def missing_compiler():
+    backend._missing_compiler.cache_clear()
+    yield backend._missing_compiler
+    backend._missing_compiler.cache_clear()
+
+
+def test_a_missing_compiler_is_noticed(missing_compiler, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert missing_compiler().startswith("no C++ compiler (") and "is installed" in missing_compiler()
+
+
+def test_missing_python_headers_are_noticed(missing_compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert missing_compiler() == "the Python headers (Python.h) are not installed"
+    (tmp_path / "Python.h").touch()
+    missing_compiler.cache_clear()
+    assert missing_compiler() is None
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1, 2), (1, 3), (0, 3)], ids=str)
+def test_layers_limits_the_rewrites_to_exactly_those(layers):
+    c = case("predictor")
+    run = side_by_side(c, c.build(torch.float32), options={"layers": layers, "strict": True}, decode=1)
+    wanted = [f"layers.{i}" for i in range(*layers)]
+    for phase, report, _ in run.compiled_graphs():
+        assert report.layers == 3
+        expected = expected_kernels(replace(c, layers=len(wanted)), phase, "static")
+        for name in ("swiglu", "attention", "kv_write", "qk_norm_rope_kv_write", "rotary_qk"):
+            paths = report.kernels.get(name, [])
+            assert sorted({".".join(path.split(".")[:2]) for path in paths}) == (wanted if expected[name] else [])
+            assert len(paths) == expected[name]
+        # The norm after the last layer belongs to no layer, so it is rewritten whatever the range.
+        norms = report.kernels.get("rms_norm", []) + report.kernels["add_rms_norm"]
+        assert {path for path in norms if not path.startswith(tuple(wanted))} == {"norm"}
+    for step in run.steps:
+        torch.testing.assert_close(step.compiled, step.eager, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_beyond_the_model_are_refused(model):
+    with pytest.raises(BackendCompilerFailed, match=r"ValueError: layers=\(0, 3\) reaches beyond the 2 decoder layers.*0 to 2"):
+        side_by_side(SMALL, model, options={"layers": (0, 3)})
+
+
+# What no longer appears once a rewrite is off: itself, and the fusions that start from it.
+DEPENDENT = {
+    "rms_norm": {"rms_norm", "add_rms_norm"},
+    "rotary": {"rotary", "rotary_qk", "qk_norm_rope_kv_write"},
+    "kv_write": {"kv_write", "qk_norm_rope_kv_write"},
+    "attention": {"attention", "qk_norm_rope_kv_write"},
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_rewrite_can_be_switched_off(model, name):
+    one = replace(SMALL, layers=1)
+    run = side_by_side(one, one.build(torch.float32), options={"disable": [name], "strict": True}, decode=1)
+    gone = DEPENDENT.get(name, {name})
+    for phase, report, _ in run.compiled_graphs():
+        found = kernels(report)
+        assert found.keys().isdisjoint(gone)
+        others = {n: count for n, count in expected_kernels(one, phase, "static").items() if n not in gone}
+        if name in ("rms_norm", "swiglu", "add_rms_norm"):
+            others.pop("rms_norm", None)  # those that lose their addition come back alone
+            assert {n: found[n] for n in others} == others
+        assert report.refusals == []
+    for step in run.steps:
+        torch.testing.assert_close(step.compiled, step.eager, rtol=1e-5, atol=1e-5)
+
+
+def test_switching_everything_off_leaves_the_graph_alone(model):
+    run = side_by_side(SMALL, model, options={"disable": list(OPS), "strict": True}, decode=1)
+    for _, report, graphs in run.compiled_graphs():
+        assert report.kernels == {} and Counter(op.name for op in graphs.rewritten).keys() <= Counter(op.name for op in graphs.before).keys()
+
+
+class Altered(torch.nn.Module):
+    """A norm that subtracts the mean first."""
+
+    def __init__(self, original):
+        super().__init__()
+        self.weight = original.weight
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6))
+
+
+@pytest.fixture
+def altered():
+    model = SMALL.build(torch.float32)
+    model.layers[1].post_attention_layernorm = Altered(model.layers[1].post_attention_layernorm)
+    return model
+
+
+def test_an_altered_block_is_refused_with_its_place_and_reason_and_the_rest_is_rewritten(altered):
+    run = side_by_side(SMALL, altered, decode=1)
+    for phase, report, _ in run.compiled_graphs():
+        (refusal,) = report.refusals
+        assert (refusal.rewrite, refusal.module) == ("rms_norm", "layers.1.post_attention_layernorm")
+        assert "aten.sum" in refusal.reason and "aten.mean" in refusal.reason
+        assert kernels(report) == expected_kernels(SMALL, phase, "static") - Counter(add_rms_norm=1)
+    for step in run.steps:
+        torch.testing.assert_close(step.compiled, step.eager, rtol=1e-5, atol=1e-5)
+
+
+def test_strict_raises_for_an_altered_block_and_names_it(altered):
+    with pytest.raises(BackendCompilerFailed, match="(?s)NotRewritten: strict: 1 expected.*rms_norm at layers.1.post_attention") as caught:
+        side_by_side(SMALL, altered, options={"strict": True})
+    assert isinstance(caught.value.inner_exception, NotRewritten)
+
+
+def test_graphs_of_other_models_pass_through():
+    convolution = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 3), torch.nn.GELU(), torch.nn.LayerNorm(6)).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        result, report = compiled(convolution, x, options={"executor": "eager"})
+        torch.testing.assert_close(result, convolution(x))
+    assert report.kernels == {}
+
+
+def test_matches_are_logged(caplog):
+    logger = logging.getLogger("qtts_compile")
+    with caplog.at_level(logging.DEBUG, "qtts_compile"), mock.patch.object(logger, "propagate", True):
+        rewritten(norm, *tensors())
+    assert "rms_norm at (top)" in caplog.messages
+
+
+def test_the_graph_runs_on_whatever_cache_a_call_brings(model):
+    """The compiled code holds no reference to the first call's cache."""
+    torch._dynamo.reset()
+    function = torch.compile(model, backend="qtts", options={"executor": "eager"})
+    sessions = [Session(model, SMALL, seed=seed) for seed in (1, 2)]
+    with torch.inference_mode(), captured() as graphs:
+        for session in sessions:
+            function(**session.prefill_inputs(4))
+    assert len(graphs) == 1
+    assert not torch.equal(sessions[0].cache.layers[0].keys, sessions[1].cache.layers[0].keys)
