@@ -167,7 +167,7 @@ def side_by_side(
                     for function, s in ((model, eager_session), (compiled, compiled_session))
                 ]
             states = [[t.clone() for t in (o.hidden_states if hidden_states else (o.last_hidden_state,))] for o in outputs]
-            steps.append(Step(phase, *states, report.graphs, graphs))
+            steps.append(Step(phase, states[0], states[1], report.graphs, graphs))
     return Run(case, eager_session, steps, cache_of(eager_session), cache_of(compiled_session))
 
 
@@ -190,7 +190,7 @@ def rewritten(
     options: of the backend.
     """
     torch._dynamo.reset()
-    bounds = {} if tolerance is None else dict(rtol=0, atol=tolerance)
+    bounds: dict[str, Any] = {} if tolerance is None else dict(rtol=0, atol=tolerance)
     copies = [x.clone() for x in inputs]
     with torch.inference_mode(), collect() as report, captured() as graphs:
         expected = function(*copies)

@@ -296,7 +296,8 @@ class Altered(torch.nn.Module):
 @pytest.fixture
 def altered():
     model = SMALL.build(torch.float32)
-    model.layers[1].post_attention_layernorm = Altered(model.layers[1].post_attention_layernorm)
+    name = "layers.1.post_attention_layernorm"
+    model.set_submodule(name, Altered(model.get_submodule(name)))
     return model
 
 

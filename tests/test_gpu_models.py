@@ -75,7 +75,8 @@ def test_tiny_models_are_rewritten_and_equal_eager(name, cache, dtype):
         start = end
     for eager, result in zip(run.eager_cache, run.compiled_cache, strict=True):
         here = valid[:, None, :, None].expand(-1, eager.shape[1], -1, eager.shape[3])
-        assert_follows(*(cache[:, :, : run.session.position][here] for cache in (result, eager)), 0.9999)
+        end = run.session.position
+        assert_follows(result[:, :, :end][here], eager[:, :, :end][here], 0.9999)
 
 
 @pytest.mark.parametrize("lengths", [[9], [5, 9, 7]], ids=str)

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 NAMES = [c.name for c in CASES]
 TALKERS = [c.name for c in CASES if c.family == "talker"]
-PADDED = dict(batch=3, padding=[2, 0, 4])
+PADDED: dict[str, Any] = dict(batch=3, padding=[2, 0, 4])
 SLOTS = 48
 
 
@@ -188,7 +188,7 @@ def test_half_precision_hidden_states_follow_eager_at_every_layer(setup):
 def exact(setup: Setup) -> torch.Tensor:
     """Last hidden states of the same weights and inputs computed in float32."""
     model = copy.deepcopy(run(setup).session.model).float()
-    session = Session(model, setup.case, cache=setup.cache, max_len=SLOTS, batch=3)
+    session = Session(model, setup.case, cache=run(setup).session.cache_kind, max_len=SLOTS, batch=3)
     session.tokens = run(setup).session.tokens.to(setup.dtype).float()
     with torch.inference_mode():
         outputs = [model(**session.prefill_inputs(6)), *(model(**session.decode_inputs()) for _ in range(12))]

@@ -15,7 +15,7 @@ def repeat_kv(x, groups):
     return x[:, :, None, :, :].expand(batch, heads, groups, slots, width).reshape(batch, heads * groups, slots, width)
 
 
-def attention(q, k, v, mask=None, scale=0.25, **options):
+def attention(q, k, v, mask=None, scale: float | None = 0.25, **options):
     groups = q.shape[1] // k.shape[1]
     return F.scaled_dot_product_attention(q, repeat_kv(k, groups), repeat_kv(v, groups), attn_mask=mask, scale=scale, **options)
 

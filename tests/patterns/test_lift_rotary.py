@@ -189,7 +189,7 @@ def three_axis_near_misses():
 @pytest.mark.parametrize("name", three_axis_near_misses())
 def test_other_interleavings_equal_eager_and_are_never_taken_for_the_published_one(name):
     merge = three_axis_near_misses()[name]
-    report, graphs = rewritten(lambda *args: interleaved(*args, (4, 2, 2), merge), *inputs())
+    report, graphs = rewritten(lambda q, k, cos, sin: interleaved(q, k, cos, sin, (4, 2, 2), merge), *inputs())
     # A merge that the pattern does not know stays in the graph, in front of a rotation with one table.
     if name != "rolled-axes":
         assert count(graphs.rewritten, "aten.cat", "slice_scatter") > 0
@@ -208,7 +208,7 @@ def test_interleaved_sections_that_differ_between_cos_and_sin_are_not_merged():
 
 @pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 1, 0), (0, 0, 0), (0, 1, 1)], ids=str)
 def test_concatenated_sections_out_of_order_are_not_merged(order):
-    _, graphs = rewritten(lambda *args: concatenated(*args, (4, 2, 2), order), *inputs())
+    _, graphs = rewritten(lambda q, k, cos, sin: concatenated(q, k, cos, sin, (4, 2, 2), order), *inputs())
     assert count(graphs.rewritten, "aten.cat") > 0
 
 
