@@ -61,9 +61,7 @@ def variants(without: bool) -> dict[str, dict[str, Any] | None]:
     }
     if without:
         for name in OPS:
-            rows[f"qtts reduce-overhead, without {name}"] = dict(
-                backend="qtts", options={"mode": "reduce-overhead", "disable": [name], **graphs}
-            )
+            rows[f"qtts reduce-overhead, without {name}"] = dict(backend="qtts", options={"mode": "reduce-overhead", "disable": [name], **graphs})
     return rows
 
 

@@ -204,9 +204,7 @@ def _decode_attention_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    Partial_ptr, Max_ptr, Sum_ptr, Out_ptr, n_rows, n_splits, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _combine_kernel(Partial_ptr, Max_ptr, Sum_ptr, Out_ptr, n_rows, n_splits, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, BLOCK_S)
     columns = tl.arange(0, BLOCK_D)

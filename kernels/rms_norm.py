@@ -50,9 +50,7 @@ def rms_scale(x, D, eps):
 
 
 @triton.jit
-def _rms_norm_kernel(
-    X_ptr, W_ptr, Y_ptr, n_rows, D, eps, size_1, size_2, stride_0, stride_1, stride_2, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _rms_norm_kernel(X_ptr, W_ptr, Y_ptr, n_rows, D, eps, size_1, size_2, stride_0, stride_1, stride_2, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
     in_width = columns < D

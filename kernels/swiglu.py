@@ -46,9 +46,8 @@ def _swiglu_kernel(
     up_size_1, up_size_2, up_stride_0, up_stride_1, up_stride_2,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    blocks_per_row = tl.cdiv(D, BLOCK_D)
-    row = tl.program_id(0) // blocks_per_row
-    columns = tl.program_id(0) % blocks_per_row * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     in_bounds = columns < D
     gate_row = row_offset(row, gate_size_1, gate_size_2, gate_stride_0, gate_stride_1, gate_stride_2)
     up_row = row_offset(row, up_size_1, up_size_2, up_stride_0, up_stride_1, up_stride_2)
@@ -67,7 +66,7 @@ def swiglu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     width = gate.shape[-1]
     gate_rows, gate_layout = as_rows(gate)
     up_rows, up_layout = as_rows(up)
-    grid = (gate.numel() // width * triton.cdiv(width, BLOCK_D),)
+    grid = (gate.numel() // width, triton.cdiv(width, BLOCK_D))
     _swiglu_kernel[grid](gate_rows, up_rows, y, width, *gate_layout, *up_layout, BLOCK_D=BLOCK_D, num_warps=4)
     return y
 

@@ -69,7 +69,7 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options
     else:
         report = GraphReport(notes=["a graph that needs gradients is left to Inductor: run it under torch.inference_mode() or torch.no_grad()"])
     executor = options.executor
-    if executor == "inductor" and _on_cpu(gm) and (missing := _missing_compiler()):
+    if executor == "inductor" and _on_cpu(gm) and (missing := missing_compiler()):
         warnings.warn(f"qtts: {missing}; the rewritten graph runs op by op instead of through generated C++", stacklevel=2)
         report.notes.append(f"{missing}: the graph runs op by op")
         executor = "eager"
@@ -98,7 +98,7 @@ def _on_cpu(gm: fx.GraphModule) -> bool:
 
 
 @functools.cache
-def _missing_compiler() -> str | None:
+def missing_compiler() -> str | None:
     """Say what Inductor's C++ code generation lacks on this machine, or None."""
     compilers = inductor_config.cpp.cxx
     names = [name for name in (compilers if isinstance(compilers, (tuple, list)) else [compilers]) if name]

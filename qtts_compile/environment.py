@@ -8,12 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module, metadata
-from pathlib import Path
 from types import ModuleType
 
 from packaging.requirements import Requirement
@@ -162,12 +160,8 @@ def _driver_version() -> str:
 
 def _cpp_compiler() -> str:
     from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
 
-    try:
-        compiler = get_cpp_compiler()
-    except InvalidCxxCompiler:
-        return "none: graphs on the CPU run op by op; install g++ or set CXX"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return f"{compiler}, but no Python.h: graphs on the CPU run op by op; install python3-dev"
-    return compiler
+    from qtts_compile.backend import missing_compiler
+
+    missing = missing_compiler()
+    return f"{missing}: graphs on the CPU run op by op; install g++ and python3-dev, or set CXX" if missing else get_cpp_compiler()

@@ -38,7 +38,8 @@ def compile(obj: Any, *, mode: str | None = None, options: Mapping[str, Any] | N
 
     Args:
         obj: a Qwen3TTSModel, a FasterQwen3TTS, a talker, any transformers decoder, or an object that holds one.
-        mode: torch.compile's mode.
+        mode: torch.compile's mode. Modes with CUDA graphs suit stacks that you step yourself with a static cache: a replay overwrites the
+            outputs of the one before, which ``generate`` keeps.
         options: see :class:`qtts_compile.options.Options`.
         dynamic: torch.compile's ``dynamic``.
 

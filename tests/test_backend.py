@@ -192,7 +192,7 @@ def test_a_warm_cache_gives_the_same_report():
 
 def test_without_a_compiler_the_graph_runs_op_by_op_and_says_so():
     with (
-        mock.patch.object(backend, "_missing_compiler", lambda: "no C++ compiler (g++) is installed"),
+        mock.patch.object(backend, "missing_compiler", lambda: "no C++ compiler (g++) is installed"),
         mock.patch.object(backend, "compile_fx_inner", side_effect=AssertionError("Inductor was called")),
         torch.inference_mode(),
         pytest.warns(UserWarning, match=r"no C\+\+ compiler \(g\+\+\) is installed; .* op by op"),
@@ -206,9 +206,9 @@ def test_without_a_compiler_the_graph_runs_op_by_op_and_says_so():
 
 @pytest.fixture
 def missing_compiler():
-    backend._missing_compiler.cache_clear()
-    yield backend._missing_compiler
-    backend._missing_compiler.cache_clear()
+    backend.missing_compiler.cache_clear()
+    yield backend.missing_compiler
+    backend.missing_compiler.cache_clear()
 
 
 def test_a_missing_compiler_is_noticed(missing_compiler, monkeypatch):

@@ -124,3 +124,15 @@ def test_code_compiled_before_is_not_reported_again():
         with collect() as report:
             function(gate, up)
     assert report.graphs == []
+
+
+def test_kernels_from_the_hub_are_named(monkeypatch):
+    """A forward that transformers replaced by a hub kernel's hides the block; the report says which class."""
+    model = SMALL.build(torch.float32)
+    monkeypatch.setattr(type(model.norm), "kernel_layer_name", "RMSNorm", raising=False)
+    options = {"executor": "eager"}
+    plain = explain(model, options=options, **Session(model, SMALL).prefill_inputs(4))
+    assert not any("hub" in note for graph in plain.graphs for note in graph.notes)
+    monkeypatch.setattr(model.norm, "forward", model.norm.forward)
+    hidden = explain(model, options=options, **Session(model, SMALL).prefill_inputs(4))
+    assert [type(model.norm).__name__ in note for note in hidden.graphs[0].notes if "hub" in note] == [True]

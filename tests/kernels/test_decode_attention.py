@@ -61,9 +61,7 @@ def check(q, k, v, mask, n_splits=None):
     st.integers(1, 3), st.sampled_from([(1, 1), (1, 2), (2, 2), (1, 4), (2, 8)]), st.integers(1, 5), st.sampled_from([1, 17, 32, 70, 150]),
     st.sampled_from([40, 80, 96, 128]), dtypes, st.sampled_from(MASKS), dtypes, layouts, layouts, st.sampled_from([None, 1, 2, 5]), seeds,
 )  # fmt: skip
-def test_kernel_is_as_accurate_as_eager(
-    device, batch, heads, tokens, keys, width, dtype, mask_kind, mask_dtype, q_layout, kv_layout, n_splits, seed
-):
+def test_kernel_is_as_accurate_as_eager(device, batch, heads, tokens, keys, width, dtype, mask_kind, mask_dtype, q_layout, kv_layout, n_splits, seed):
     k_heads, group = heads
     q = random_tensor(seed, (batch, k_heads * group, tokens, width), dtype, device, q_layout)
     k = random_tensor(seed + 1, (batch, k_heads, keys, width), dtype, device, kv_layout)

@@ -73,9 +73,7 @@ def test_a_decode_step_replays_as_a_cuda_graph():
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def step():
-        rotated = qk_norm_rope_kv_write.qk_norm_rope_kv_write(
-            q, k, v, weight, weight, 1e-6, 1e-6, cos, sin, [], False, k_cache, v_cache, position
-        )
+        rotated = qk_norm_rope_kv_write.qk_norm_rope_kv_write(q, k, v, weight, weight, 1e-6, 1e-6, cos, sin, [], False, k_cache, v_cache, position)
         mask.index_fill_(3, position, True)
         return decode_attention.decode_attention(rotated, k_cache, v_cache, mask, 128**-0.5)
 

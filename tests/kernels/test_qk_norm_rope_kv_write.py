@@ -15,9 +15,7 @@ from qtts_compile.kernels.rotary import rotary_reference
 variants = st.sampled_from([(40, [], False), (96, [], False), (80, [16, 12, 12], False), (128, [24, 20, 20], True), (16, [2, 3, 3], True)])
 
 
-def make_arguments(
-    seed, batch, heads, tokens, variant, dtype, device, layout="transposed", cache_layout="contiguous", q_norm=True, k_norm=True
-):
+def make_arguments(seed, batch, heads, tokens, variant, dtype, device, layout="transposed", cache_layout="contiguous", q_norm=True, k_norm=True):
     width, sections, interleaved = variant
     q = random_tensor(seed, (batch, heads[0], tokens, width), dtype, device, layout)
     k = random_tensor(seed + 1, (batch, heads[1], tokens, width), dtype, device, layout)

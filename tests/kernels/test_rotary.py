@@ -26,9 +26,7 @@ variants = st.sampled_from(
 )
 
 
-def angles(
-    seed: int, batch: int, tokens: int, width: int, sections: list[int], dtype: torch.dtype, device: str, layout: str = "contiguous"
-):
+def angles(seed: int, batch: int, tokens: int, width: int, sections: list[int], dtype: torch.dtype, device: str, layout: str = "contiguous"):
     shape = (*((3,) if sections else ()), batch, tokens, width)
     theta = random_tensor(seed, shape, torch.float32, device, layout)
     return theta.cos().to(dtype), theta.sin().to(dtype)
