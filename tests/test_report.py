@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,7 @@ def test_kernels_from_the_hub_are_named(monkeypatch):
     options = {"executor": "eager"}
     plain = explain(model, options=options, **Session(model, SMALL).prefill_inputs(4))
     assert not any("hub" in note for graph in plain.graphs for note in graph.notes)
-    monkeypatch.setattr(model.norm, "forward", model.norm.forward)
+    norm: Any = model.norm
+    monkeypatch.setattr(norm, "forward", norm.forward)
     hidden = explain(model, options=options, **Session(model, SMALL).prefill_inputs(4))
     assert [type(model.norm).__name__ in note for note in hidden.graphs[0].notes if "hub" in note] == [True]
