@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,31 +40,38 @@ class Options:
             ValueError: an unknown option or mode, a value out of range or of the wrong type; the message names it and the valid ones.
         """
         given = dict(options or {})
-        if mode is not None and "mode" in given and given["mode"] != mode:
+        if mode is not None and given.setdefault("mode", mode) != mode:
             raise ValueError(f"mode={mode!r} and options['mode']={given['mode']!r} contradict each other; give one of them")
-        chosen = given.pop("mode", mode)
-        known: dict[str, Any] = {"mode": "default" if chosen is None else _one_of("mode", chosen, MODES)}
-        if "layers" in given:
-            known["layers"] = _layers(given.pop("layers"))
-        if "disable" in given:
-            known["disable"] = _disable(given.pop("disable"))
-        if "strict" in given:
-            known["strict"] = given.pop("strict")
-            if not isinstance(known["strict"], bool):
-                raise ValueError(f"strict={known['strict']!r} is not a bool")
-        if "executor" in given:
-            known["executor"] = _one_of("executor", given.pop("executor"), EXECUTORS)
-        own = [name for name in ("mode", "layers", "disable", "strict", "executor")]
+        known: dict[str, Any] = {name: read(given.pop(name)) for name, read in _READERS.items() if name in given}
         valid = set(torch._inductor.list_options())
         for name in given:
             if name.replace("-", "_") not in valid:
-                raise ValueError(f"unknown option {name!r}; valid: {', '.join(own)}, and Inductor's (torch._inductor.list_options())")
-        return cls(**known, inductor=given)
+                raise ValueError(f"unknown option {name!r}; valid: {', '.join(_READERS)}, and Inductor's (torch._inductor.list_options())")
+        parsed = cls(**known, inductor=given)
+        if parsed.executor == "eager" and parsed.config_patches():
+            raise ValueError(
+                f"executor='eager' generates no code, so mode={parsed.mode!r} and {sorted(given)} have no effect; leave them or the executor out"
+            )
+        return parsed
 
     def config_patches(self) -> dict[str, Any]:
         """Return Inductor's settings for this mode, with the user's own on top."""
         mode = {} if self.mode == "default" else torch._inductor.list_mode_options(self.mode)
         return {**mode, **{name.replace("-", "_"): value for name, value in self.inductor.items()}}
+
+
+def _mode(value: Any) -> str:
+    return "default" if value is None else _one_of("mode", value, MODES)
+
+
+def _executor(value: Any) -> str:
+    return _one_of("executor", value, EXECUTORS)
+
+
+def _strict(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"strict={value!r} is not a bool; valid: True, False")
+    return value
 
 
 def _one_of(name: str, value: Any, valid: tuple[str, ...]) -> str:
@@ -91,3 +98,6 @@ def _disable(value: Any) -> frozenset[str]:
     if unknown:
         raise ValueError(f"disable: no rewrite is called {unknown[0]!r}; valid: {', '.join(OPS)}")
     return frozenset(value)
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {"mode": _mode, "layers": _layers, "disable": _disable, "strict": _strict, "executor": _executor}

@@ -95,3 +95,10 @@ def test_torch_compile_refuses_an_unknown_mode():
     torch._dynamo.reset()
     with pytest.raises((BackendCompilerFailed, RuntimeError), match="fast"):
         torch.compile(torch.cos, backend="qtts", mode="fast")(torch.ones(2))
+
+
+@pytest.mark.parametrize("more", [{"mode": "reduce-overhead"}, {"max_autotune": True}], ids=str)
+def test_an_executor_that_generates_no_code_takes_no_options_of_code_generation(more):
+    with pytest.raises(ValueError, match=f"executor='eager' generates no code.*{next(reversed(more.items()))[0]}"):
+        Options.parse(None, {"executor": "eager", **more})
+    assert Options.parse("default", {"executor": "eager"}).executor == "eager"
