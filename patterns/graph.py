@@ -12,8 +12,6 @@ from torch.fx.node import map_arg
 
 from qtts_compile.patterns.tracing import TensorSpec
 
-aten = torch.ops.aten
-
 
 def value(node: Any) -> torch.Tensor:
     """Return the fake tensor that stands for a node's result."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qtts_compile.patterns.graph import shape
 from qtts_compile.patterns.tracing import TensorSpec, hint, trace
 
 aten = torch.ops.aten
@@ -99,8 +100,8 @@ class Matcher:
             if n.op != p.op or n.target != p.target:
                 return self._fail(len(bound), f"{_name(n)} where {_name(p)} was expected")
             if p.target in SHAPE_OPS:
-                if self.exact and _shape(p) != _shape(n):
-                    return self._fail(len(bound), f"{_name(n)} to {_shape(n)} where {_shape(p)} was expected")
+                if self.exact and shape(p) != shape(n):
+                    return self._fail(len(bound), f"{_name(n)} to {shape(n)} where {shape(p)} was expected")
                 todo = [*todo, (p.args[0], n.args[0])]
                 continue
             if len(p.args) != len(n.args) or p.kwargs.keys() != n.kwargs.keys():
@@ -199,7 +200,3 @@ def _prove(pattern: Pattern, example: Example, match: Match) -> str | None:
 
 def _name(node: fx.Node) -> str:
     return str(node.target)
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(map(hint, node.meta["val"].shape))
