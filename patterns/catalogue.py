@@ -1,10 +1,11 @@
-"""Every rewrite, in the order in which it is tried: longest spelling first, then the fusions, largest region first."""
+"""Every rewrite, in the order in which it is tried: longest spelling first, then the fusions, largest region first,
+and last what is given back to Inductor."""
 
 from __future__ import annotations
 
 import importlib
 
-from qtts_compile.patterns.fuse import add_rms_norm, qk_norm_rope_kv_write, rotary_qk
+from qtts_compile.patterns.fuse import add_rms_norm, inline_swiglu, qk_norm_rope_kv_write, rotary_qk
 from qtts_compile.patterns.lift import attention, kv_write, rms_norm, rotary, swiglu
 
 LIFT = (
@@ -17,7 +18,7 @@ LIFT = (
     rms_norm.PATTERN,
     swiglu.PATTERN,
 )
-FUSE = (qk_norm_rope_kv_write, add_rms_norm, rotary_qk)
+FUSE = (qk_norm_rope_kv_write, add_rms_norm, rotary_qk, inline_swiglu)
 
 # The op that a rewrite leaves in the graph; importing a kernel's module registers its op.
 OPS = {

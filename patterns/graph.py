@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx.node import map_arg
 
-from qtts_compile.patterns.tracing import TensorSpec
+from qtts_compile.patterns.tracing import TensorSpec, trace
 
 
 def value(node: Any) -> torch.Tensor:
@@ -67,6 +68,18 @@ def insert_mutating(graph: fx.Graph, before: fx.Node, op: torch._ops.OpOverload,
     _annotate(call, values, like)
     first = 0 if returns else 1
     return [_annotate(_getitem(graph, before, call, i), values[i], like) for i in range(first, len(values))]
+
+
+def inline(graph: fx.Graph, node: fx.Node, function: Callable[..., Any]) -> None:
+    """Replace ``node``, an op on tensors, by the operators that ``function`` of the same tensors is made of."""
+    traced = trace(function, tuple(TensorSpec.of(value(arg)) for arg in node.args), ())
+    placeholders = [n for n in traced.nodes if n.op == "placeholder"]
+    copies: dict[fx.Node, Any] = dict(zip(placeholders, node.args))
+    for inner in traced.nodes:
+        if inner.op == "call_function":
+            copies[inner] = insert(graph, node, inner.target, *map_arg(inner.args, copies.__getitem__), like=node)
+    node.replace_all_uses_with(copies[operands(traced.output_node())[0]])
+    graph.erase_node(node)
 
 
 def getitem(graph: fx.Graph, before: fx.Node, call: fx.Node, index: int) -> fx.Node:

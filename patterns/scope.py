@@ -12,7 +12,7 @@ from qtts_compile.patterns.graph import module_path
 
 @dataclass(frozen=True)
 class Refusal:
-    """A place where a rewrite was expected and did not happen."""
+    """A place where a rewrite could stand and does not."""
 
     rewrite: str
     module: str
@@ -26,6 +26,7 @@ class Scope:
     disabled: frozenset[str] = frozenset()
     layers: tuple[int, int] | None = None
     refusals: list[Refusal] = field(default_factory=list)
+    declined: list[Refusal] = field(default_factory=list)
 
     def allows(self, rewrite: str, node: fx.Node) -> bool:
         """Tell whether a rewrite may touch a node. What lies outside every layer (the final norm) is not limited by ``layers``."""
@@ -37,6 +38,10 @@ class Scope:
     def refuse(self, rewrite: str, node: fx.Node, reason: str) -> None:
         """Record that a rewrite was refused at a node."""
         self.refusals.append(Refusal(rewrite, module_path(node), reason))
+
+    def decline(self, rewrite: str, node: fx.Node, reason: str) -> None:
+        """Record that a block was recognised and left to Inductor, because that is faster."""
+        self.declined.append(Refusal(rewrite, module_path(node), reason))
 
 
 def layer_index(node: fx.Node) -> int | None:

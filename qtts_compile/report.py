@@ -20,6 +20,7 @@ class GraphReport:
         lifted: blocks recognised, by rewrite, before any fusion.
         kernels: rewrite -> module paths of the ops that stand in the final graph, one entry per op.
         refusals: places that show a block which was not rewritten.
+        declined: blocks recognised and left to Inductor, because that is faster at their shape.
         layers: decoder layers seen.
         nodes: operators in the graph before and after.
         seconds: time taken by matching and rewriting.
@@ -29,6 +30,7 @@ class GraphReport:
     lifted: Counter[str] = field(default_factory=Counter)
     kernels: dict[str, list[str]] = field(default_factory=dict)
     refusals: list[Refusal] = field(default_factory=list)
+    declined: list[Refusal] = field(default_factory=list)
     layers: int = 0
     nodes: tuple[int, int] = (0, 0)
     seconds: float = 0.0
@@ -78,8 +80,8 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        for (rewrite, where, reason), count in Counter((r.rewrite, _summary([r.module]), r.reason) for r in self.refusals).items():
-            lines.append(f"refused: {rewrite} x{count} at {where}: {reason}")
+        declined = [refusal for graph in self.graphs for refusal in graph.declined]
+        lines += [*_grouped("left to Inductor", declined), *_grouped("refused", self.refusals)]
         if not self.refusals:
             lines.append("refused: nothing")
         lines += [f"note: {note}" for note in dict.fromkeys(note for graph in self.graphs for note in graph.notes)]
@@ -118,6 +120,11 @@ def publish(graph: GraphReport) -> None:
     """Hand a compiled graph's report to everyone who collects."""
     for report in _collectors.get():
         report.graphs.append(graph)
+
+
+def _grouped(title: str, refusals: list[Refusal]) -> Iterator[str]:
+    for (rewrite, where, reason), count in Counter((r.rewrite, _summary([r.module]), r.reason) for r in refusals).items():
+        yield f"{title}: {rewrite} x{count} at {where}: {reason}"
 
 
 def _summary(paths: list[str]) -> str:

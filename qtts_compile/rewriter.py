@@ -49,7 +49,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> GraphReport:
     graph.lint()
     gm.recompile()
     report.kernels = _kernels(graph)
-    report.refusals = scope.refusals
+    report.refusals, report.declined = scope.refusals, scope.declined
     report.nodes = before, _size(graph)
     report.seconds = time.perf_counter() - started
     log.info("%d nodes -> %d in %.2f s: %s", *report.nodes, report.seconds, {name: len(paths) for name, paths in report.kernels.items()})
