@@ -1,0 +1,284 @@
+"""Draw of one token a row: repetition penalty, blocked tokens, temperature, top-k, top-p, all in one launch and without sorting."""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options, and do not know its loops.
+
+import torch
+import triton
+import triton.language as tl
+
+from qtts_compile.kernels.checks import check_device, check_float_dtype, check_rank, check_shape
+from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.rows import with_unit_stride
+
+MAX_V = 16384
+GROUPS = tl.constexpr(64)
+
+
+def sample(
+    logits: torch.Tensor,
+    controls: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    seen: torch.Tensor | None = None,
+    blocked: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return one token a row, int64 ``[B]``, for ``logits`` ``[B, V]``, as transformers' processors and a multinomial draw choose it.
+
+    ``controls`` is float32 ``[5]``: do_sample (0 or 1), temperature, top_k (0: off), top_p (1: off), repetition_penalty (1: off). It is read
+    on the device, so that a CUDA graph replays with other settings. In float32 and in this order:
+
+    - logits that ``seen`` (bool ``[B, V]``) marks are divided by repetition_penalty if positive and multiplied by it if not;
+    - tokens that ``blocked`` (bool ``[B, V]``) marks are never chosen;
+    - greedy: the largest logit wins, the lowest token on a tie. The steps below are for sampling only;
+    - logits are divided by temperature;
+    - top-k keeps the logits that are not below the k-th largest;
+    - top-p drops the least probable tokens whose probabilities add up to at most 1 - top_p, the lower of equals first, but never the last one;
+    - token v is drawn with its probability p among those kept, as the one that maximises p / e for e = -log(u).
+
+    The uniform number u of token v depends on nothing but its row's ``seed`` (int64 ``[B]``) and the number of the draw, ``offset`` (int64
+    ``[1]``): it is word v % 4 of Philox-4x32-10 (Salmon et al., 2011) with the key ``seed`` and the counter (v // 4, offset). A row is thus
+    served alike alone and in any batch; a caller that wants another draw changes ``offset``.
+
+    Raises ``TypeError`` for a wrong dtype and ``ValueError`` for shapes that do not match, a V outside [1, 16384] or different devices. A
+    row whose largest logit is not finite (NaN, or everything blocked) or a temperature that is not positive while sampling is a
+    ``ValueError`` on the CPU and trips a device-side assert on the GPU.
+    """
+    return torch.ops.qtts.sample.default(logits, controls, seed, offset, seen, blocked)
+
+
+def philox_reference(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Compute the four words of Philox-4x32-10 for a ``counter`` of four words and a ``key`` of two, each an int64 tensor of 32-bit values."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product_0, product_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (product_2 >> 32 & low) ^ c1 ^ k0, product_2 & low
+        c2, c3 = (product_0 >> 32 & low) ^ c3 ^ k1, product_0 & low
+        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
+    return c0, c1, c2, c3
+
+
+def uniform_reference(seed: torch.Tensor, offset: torch.Tensor, n: int) -> torch.Tensor:
+    """Return the float32 numbers ``[B, n]``, inside (0, 1), that :func:`sample` draws for ``seed`` ``[B]`` and ``offset`` ``[1]``."""
+    low = 0xFFFFFFFF
+    quads = torch.arange(triton.cdiv(n, 4), device=seed.device)
+    key = (seed[:, None] & low, seed[:, None] >> 32 & low)
+    words = philox_reference((quads, offset & low, offset >> 32 & low, torch.zeros_like(quads)), key)
+    return ((torch.stack(words, -1).flatten(1)[:, :n] >> 9).float() + 0.5) * 2**-23
+
+
+def sample_reference(
+    logits: torch.Tensor,
+    controls: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    seen: torch.Tensor | None,
+    blocked: torch.Tensor | None,
+) -> torch.Tensor:
+    """Compute :func:`sample` in plain PyTorch."""
+    do_sample, temperature, top_k, top_p, penalty = controls.tolist()
+    width = logits.shape[1]
+    scores = logits.float()
+    if seen is not None:
+        scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    if blocked is not None:
+        scores = scores.masked_fill(blocked, float("-inf"))
+    if do_sample:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive while sampling, got {temperature}; set do_sample to 0 for greedy decoding")
+        scores = scores / temperature
+    largest = scores.amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        row = int(largest.isfinite().logical_not().flatten().nonzero()[0])
+        raise ValueError(f"each row must have a finite largest logit among the tokens not blocked, got {largest[row].item()} in row {row}")
+    if not do_sample:
+        return scores.argmax(-1)
+    if 0 < top_k < width:
+        kth = scores.topk(int(top_k)).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, float("-inf"))
+    if top_p < 1:
+        ascending, tokens = scores.sort(dim=-1, stable=True)
+        is_dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        is_dropped[:, -1] = False
+        scores = scores.masked_fill(is_dropped.scatter(1, tokens, is_dropped), float("-inf"))
+    return ((scores - largest).exp() / -uniform_reference(seed, offset, width).log()).argmax(-1)
+
+
+def check_sample(
+    logits: torch.Tensor,
+    controls: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    seen: torch.Tensor | None,
+    blocked: torch.Tensor | None,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless :func:`sample` accepts the arguments."""
+    check_float_dtype("logits", logits)
+    check_rank("logits", logits, "B, V")
+    batch, width = logits.shape
+    if not 0 < width <= MAX_V:
+        raise ValueError(f"logits must have the shape [B, V] with 0 < V <= {MAX_V}, got {tuple(logits.shape)}")
+    for name, tensor, dtype, shape in (
+        ("controls", controls, torch.float32, (5,)),
+        ("seed", seed, torch.int64, (batch,)),
+        ("offset", offset, torch.int64, (1,)),
+        ("seen", seen, torch.bool, (batch, width)),
+        ("blocked", blocked, torch.bool, (batch, width)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')}, got {tensor.dtype}")
+        check_shape(name, tensor, *shape)
+        check_device(name, tensor, "logits", logits)
+
+
+@triton.jit
+def _sortable(x, SHIFT: tl.constexpr):
+    """Map float32 to uint32 keys of the same order, less ``SHIFT`` low bits that carry nothing."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) | -0x80000000)).to(tl.uint32, bitcast=True) >> SHIFT
+
+
+@triton.jit
+def _search(keys, weights, target, low, high):
+    """Find the largest key in ``[low, high)`` such that the weights of the entries from it upwards add up to at least ``target``.
+
+    ``low`` must be such a key. Each round weighs the entries from four thresholds upwards, in one reduction, and goes on between two of them.
+    The key returned may be a smaller one if no entry that weighs anything lies between.
+    """
+    while high - low > 1:
+        stride = (high - low + 4) // 5
+        above_12 = tl.join(tl.where(keys >= low + stride, weights, 0), tl.where(keys >= low + 2 * stride, weights, 0))
+        above_34 = tl.join(tl.where(keys >= low + 3 * stride, weights, 0), tl.where(keys >= low + 4 * stride, weights, 0))
+        sums = tl.sum(tl.join(above_12, above_34), axis=0)
+        n_reached = tl.sum(tl.sum((sums >= target).to(tl.uint32), axis=0), axis=0)
+        is_exact = tl.max(tl.max((sums == target).to(tl.int32), axis=0), axis=0)
+        low += n_reached * stride
+        # Once a sum equals the target, only its threshold's own entries are sought.
+        high = tl.where(is_exact > 0, low, tl.minimum(high, low + stride))
+    return low
+
+
+@triton.jit
+def _uniform(seed, offset, BLOCK: tl.constexpr):
+    """Return the numbers of :func:`uniform_reference` for one row."""
+    offset_low = offset.to(tl.uint32)
+    offset_high = (offset >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, tl.arange(0, BLOCK // 4), offset_low, offset_high, 0)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+    return ((words >> 9).to(tl.float32) + 0.5) * 2**-23
+
+
+@triton.jit
+def _race(x, temperature, top_k, top_p, seed, offset, V, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
+    """Return what the winner of the draw maximises: ``p / e`` of the entries that top-k and top-p keep, else -inf."""
+    z = tl.div_rn(x, temperature)
+    group_max = tl.max(tl.reshape(x, [BLOCK // GROUPS, GROUPS]), axis=0)
+    x_max = tl.max(group_max, axis=0)
+    weights = tl.exp(z - tl.div_rn(x_max, temperature))
+    keys = _sortable(x, SHIFT)
+    # Thresholds are sought among the logits, whose keys are short in half precision, and applied to the quotients, which may tie.
+    low = tl.full([], 0, tl.uint32)
+    high = _sortable(x_max, SHIFT) + 1
+    is_kept = weights > 0
+    if (top_k > 0) & (top_k < V):
+        # Every group has an entry that reaches the smallest of the groups' maxima.
+        floor = tl.where(top_k <= GROUPS, _sortable(tl.min(group_max, axis=0), SHIFT), low)
+        low = _search(keys, tl.full([BLOCK], 1, tl.int32), top_k.to(tl.int32), floor, high)
+        is_kept &= z >= tl.min(tl.where(keys >= low, z, float("inf")), axis=0)
+    if top_p < 1.0:
+        kept_weights = tl.where(is_kept, weights, 0.0)
+        # Not 0, which no entries at all would reach.
+        target = tl.maximum(top_p * tl.sum(kept_weights, axis=0), 1e-30)
+        low = _search(keys, kept_weights, target, low, high)
+        threshold = tl.min(tl.where(is_kept & (keys >= low), z, float("inf")), axis=0)
+        is_last = (is_kept & (z == threshold)).to(tl.int32)
+        excess = tl.sum(tl.where(z >= threshold, kept_weights, 0.0), axis=0) - target
+        weight = tl.max(tl.where(is_last > 0, weights, 0.0), axis=0)
+        n_dropped = tl.minimum((excess / weight).to(tl.int32), tl.sum(is_last, axis=0) - 1)
+        is_kept &= z >= threshold
+        if n_dropped > 0:
+            is_kept &= (is_last == 0) | (tl.cumsum(is_last, axis=0) > n_dropped)
+    return tl.where(is_kept, weights / -tl.log(_uniform(seed, offset, BLOCK)), float("-inf"))
+
+
+@triton.jit
+def _sample_kernel(
+    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, Token_ptr, V,
+    logits_stride, seed_stride, seen_stride, blocked_stride,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_BLOCKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    in_row = columns < V
+    x = tl.load(Logits_ptr + row * logits_stride + columns, mask=in_row, other=float("-inf")).to(tl.float32)
+    do_sample = tl.load(Controls_ptr)
+    temperature = tl.load(Controls_ptr + 1)
+    top_k = tl.load(Controls_ptr + 2)
+    top_p = tl.load(Controls_ptr + 3)
+    seed = tl.load(Seed_ptr + row * seed_stride)
+    offset = tl.load(Offset_ptr)
+    if HAS_SEEN:
+        penalty = tl.load(Controls_ptr + 4)
+        is_seen = tl.load(Seen_ptr + row * seen_stride + columns, mask=in_row, other=0).to(tl.int1)
+        x = tl.where(is_seen, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
+    if HAS_BLOCKED:
+        is_blocked = tl.load(Blocked_ptr + row * blocked_stride + columns, mask=in_row, other=0).to(tl.int1)
+        x = tl.where(is_blocked, float("-inf"), x)
+    # Comparisons would pass over a NaN; an infinity ends in the assert.
+    score = tl.where(x == x, x, float("inf"))
+    is_valid = True
+    if do_sample != 0:
+        score = _race(score, temperature, top_k, top_p, seed, offset, V, BLOCK, SHIFT)
+        is_valid = temperature > 0
+    best, token = tl.max(score, axis=0, return_indices=True)
+    is_valid = is_valid & (best > float("-inf")) & (best < float("inf"))
+    tl.device_assert(is_valid, "sample: a row's largest logit is not finite, or the temperature is not positive")
+    tl.store(Token_ptr + row, token.to(tl.int64))
+
+
+def sample_triton(
+    logits: torch.Tensor, controls: torch.Tensor, seed: torch.Tensor, offset: torch.Tensor, seen: torch.Tensor | None,
+    blocked: torch.Tensor | None, num_warps: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Launch the kernel of :func:`sample`; ``num_warps`` overrides what is chosen from V."""
+    tokens = sample_fake(logits, controls, seed, offset, seen, blocked)
+    if tokens.numel() == 0:
+        return tokens
+    batch, width = logits.shape
+    logits = with_unit_stride(logits)
+    seen, blocked = (None if mask is None else with_unit_stride(mask) for mask in (seen, blocked))
+    block = max(GROUPS.value, triton.next_power_of_2(width))
+    # A penalised logit has the bits of a float32.
+    shift = 0 if seen is not None else {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype]
+    _sample_kernel[(batch,)](
+        logits, controls.contiguous(), seed, offset, seen, blocked, tokens, width,
+        logits.stride(0), seed.stride(0), 0 if seen is None else seen.stride(0), 0 if blocked is None else blocked.stride(0),
+        BLOCK=block, SHIFT=shift, HAS_SEEN=seen is not None, HAS_BLOCKED=blocked is not None,
+        num_warps=num_warps or max(1, min(16, block // 256)), debug=True, sanitize_overflow=False,
+    )  # fmt: skip
+    return tokens
+
+
+def sample_fake(
+    logits: torch.Tensor,
+    controls: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    seen: torch.Tensor | None,
+    blocked: torch.Tensor | None,
+) -> torch.Tensor:
+    """Allocate the result of :func:`sample`."""
+    return torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+
+
+define_op(
+    "sample(Tensor logits, Tensor controls, Tensor seed, Tensor offset, Tensor? seen, Tensor? blocked) -> Tensor",
+    check=check_sample,
+    cuda=sample_triton,
+    cpu=sample_reference,
+    fake=sample_fake,
+)

@@ -1,0 +1,188 @@
+"""Speak prompts frame by frame: compile and record what runs, launch it, and notice the end of speech without waiting for the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qtts_compile.frame import Frame, Prompt, SpeechState
+from qtts_compile.launcher import Launcher
+from qtts_compile.sampling import Settings
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+EndReason = Literal["end of speech", "max_new_tokens", "max_seq_len", "closed"]
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """What the talker hears.
+
+    Attributes:
+        embeds: ``[B, T, H]``, rows padded at their left.
+        mask: ``[B, T]``, 0 where a row is padded.
+        text: ``[B, L, H]``, the text that frames 0 to L - 1 hear.
+        pad: ``[1, 1, H]``, what the frames after that hear.
+    """
+
+    embeds: Tensor
+    mask: Tensor
+    text: Tensor
+    pad: Tensor
+
+    def for_frame(self, frame: int) -> Tensor:
+        """Return the text ``[B, 1, H]`` that a frame hears."""
+        return self.text[:, frame : frame + 1] if frame < self.text.shape[1] else self.pad.expand(len(self.text), -1, -1)
+
+    def padded_to(self, batch: int, length: int) -> PromptInputs:
+        """Repeat the first row up to ``batch`` rows and add slots at the right up to ``length``."""
+        rows = [*range(len(self.embeds)), *[0] * (batch - len(self.embeds))]
+        spare = length - self.embeds.shape[1]
+        embeds, mask, text = (x if len(rows) == len(x) else x[rows] for x in (self.embeds, self.mask, self.text))
+        return PromptInputs(F.pad(embeds, (0, 0, 0, spare)), mask, text, self.pad)
+
+
+class Engine:
+    """Runs a talker and its code predictor.
+
+    Args:
+        talker: a ``Qwen3TTSTalkerForConditionalGeneration``, or what is built like it.
+        max_seq_len: slots of the static cache: prompt and frames together.
+        mode: ``torch.compile``'s mode, or None to run without compiling.
+        backend: ``torch.compile``'s backend.
+        options: ``torch.compile``'s options, beside what the mode stands for.
+    """
+
+    def __init__(
+        self,
+        talker: Any,
+        *,
+        max_seq_len: int = 2048,
+        mode: str | None = "reduce-overhead",
+        backend: str = "qtts",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        longest = talker.config.max_position_embeddings
+        if not 32 <= max_seq_len <= longest:
+            raise ValueError(f"max_seq_len={max_seq_len}: give 32 to {longest}, the positions this model knows")
+        self.talker, self.max_seq_len = talker, max_seq_len
+        self._launcher = Launcher(mode, backend, options)
+        self._runners: dict[int, Runner] = {}
+
+    @property
+    def max_batch_size(self) -> int:
+        """The most utterances that are spoken together."""
+        return BATCH_SIZES[-1]
+
+    @torch.inference_mode()
+    def start(self, inputs: PromptInputs, settings: Settings, seeds: Sequence[int]) -> Speech:
+        """Read a prompt and choose the first codes. Starting another speech ends this one.
+
+        Raises ValueError for more rows than :attr:`max_batch_size` and for a prompt that leaves no slot for a frame.
+        """
+        rows, length = inputs.embeds.shape[:2]
+        if rows > self.max_batch_size:
+            raise ValueError(f"{rows} utterances at once: give at most {self.max_batch_size}, in several calls if there are more")
+        if len(seeds) != rows:
+            raise ValueError(f"{len(seeds)} seeds for {rows} utterances: give one each")
+        if length >= self.max_seq_len:
+            fits = f"max_seq_len={self.max_seq_len} fits {self.max_seq_len - 1} and a frame"
+            raise ValueError(f"the prompt has {length} tokens, and {fits}: shorten it or raise max_seq_len")
+        batch = next(size for size in BATCH_SIZES if size >= rows)
+        if batch not in self._runners:
+            self._runners[batch] = Runner(self.talker, batch, self.max_seq_len, self._launcher)
+        runner = self._runners[batch]
+        inputs = inputs.padded_to(batch, min(padded_length(length), self.max_seq_len))
+        runner.state.reset(settings, inputs.mask.argmax(1), torch.tensor([*seeds, *[0] * (batch - rows)]))
+        torch._dynamo.mark_dynamic(inputs.embeds, 1)
+        runner.read(inputs.embeds, torch.tensor([length], device=inputs.embeds.device))
+        return Speech(runner, inputs, settings, rows, length)
+
+
+class Runner:
+    """The memory of one batch size, and what runs in it."""
+
+    def __init__(self, talker: Any, batch: int, slots: int, launcher: Launcher) -> None:
+        with torch.inference_mode(False):
+            self.state = SpeechState(talker, batch, slots)
+            self.read = launcher.wrap(Prompt(talker, self.state))
+            self.speak = launcher.wrap(Frame(talker, self.state))
+
+
+class Speech:
+    """Utterances being spoken together.
+
+    Iterating launches frames and yields their numbers. A frame that is yielded has been launched, not finished: work on :attr:`codes` that is
+    launched after it sees it. The iteration ends when every row has ended; one that was left goes on where it was.
+    """
+
+    def __init__(self, runner: Runner, inputs: PromptInputs, settings: Settings, rows: int, length: int) -> None:
+        state = runner.state
+        self.settings = settings
+        self._state, self._speak, self._inputs = state, runner.speak, inputs
+        self._limit = min(settings.max_new_tokens - 1, state.slots - length)
+        self._limited_by: EndReason = "max_new_tokens" if self._limit == settings.max_new_tokens - 1 else "max_seq_len"
+        self._ends: list[int | None] = [None] * rows
+        self.frames = 0
+        cuda = state.token.device.type == "cuda"
+        self._tokens = torch.zeros(2, state.batch, dtype=torch.long, pin_memory=cuda)
+        self._fetched = [torch.cuda.Event() for _ in range(2)] if cuda else []
+
+    @property
+    def codes(self) -> Tensor:
+        """The frames launched so far, int64 ``[rows, frames, groups]`` on the device, valid until the engine starts another speech."""
+        return self._state.codes[: len(self._ends), : self.frames]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Frames of each row, without what was launched after its end."""
+        return [self.frames if end is None else end for end in self._ends]
+
+    @property
+    def end_reasons(self) -> list[EndReason]:
+        """Why each row ended: "closed" if the iteration was left before."""
+        otherwise: EndReason = self._limited_by if self.frames == self._limit else "closed"
+        return [otherwise if end is None else "end of speech" for end in self._ends]
+
+    def __iter__(self) -> Iterator[int]:
+        if None not in self._ends:
+            return
+        self._fetch(self.frames)
+        for frame in range(self.frames, self._limit):
+            self._state.text.copy_(self._inputs.for_frame(frame))
+            self._speak()
+            self._fetch(frame + 1)
+            if self._ended(frame):
+                return
+            self.frames = frame + 1
+            yield frame
+        self._ended(self._limit)
+
+    @torch.inference_mode()
+    def _fetch(self, index: int) -> None:
+        """Start to copy token number ``index`` of every row to the host."""
+        self._tokens[index % 2].copy_(self._state.token[:, 0], non_blocking=True)
+        if self._fetched:
+            self._fetched[index % 2].record(torch.cuda.current_stream(self._state.token.device))
+
+    def _ended(self, index: int) -> bool:
+        """Note the rows whose token number ``index`` ends speech, and tell whether all rows have ended.
+
+        The token was chosen a frame ago, and the GPU has that frame to do while the host waits for it.
+        """
+        if self._fetched:
+            self._fetched[index % 2].synchronize()
+        for row, token in enumerate(self._tokens[index % 2, : len(self._ends)].tolist()):
+            if self._ends[row] is None and token == self.settings.eos_token_id:
+                self._ends[row] = index
+        return None not in self._ends
+
+
+def padded_length(length: int) -> int:
+    """Return the prompt size that is compiled and recorded for ``length`` tokens: at most a quarter more, from 16 on."""
+    step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
