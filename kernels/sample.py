@@ -33,7 +33,8 @@ def sample(
     - greedy: the largest logit wins, the lowest token on a tie. The steps below are for sampling only;
     - logits are divided by temperature;
     - top-k keeps the logits that are not below the k-th largest;
-    - top-p drops the least probable tokens whose probabilities add up to at most 1 - top_p, the lower of equals first, but never the last one;
+    - top-p drops the least probable tokens whose probabilities add up to at most 1 - top_p, but never all; of equals it drops the lower first
+      (transformers: any);
     - token v is drawn with its probability p among those kept, as the one that maximises p / e for e = -log(u).
 
     The uniform number u of token v depends on nothing but its row's ``seed`` (int64 ``[B]``) and the number of the draw, ``offset`` (int64

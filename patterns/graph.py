@@ -34,6 +34,12 @@ def keywords(node: Any) -> dict[str, Any]:
     return node.kwargs
 
 
+def overload(op: str, eps: Any) -> Any:
+    """Return the overload of ``qtts::op`` that fits an eps that is a number or a graph input."""
+    packet = getattr(torch.ops.qtts, op)
+    return packet.tensor_eps if isinstance(eps, fx.Node) else packet.default
+
+
 def dtypes_and_devices(graph: fx.Graph) -> list[tuple[torch.dtype, torch.device]]:
     """Return the floating dtypes that occur in a graph, with their devices, in order of appearance."""
     seen: dict[tuple[torch.dtype, torch.device], None] = {}

@@ -1,6 +1,7 @@
 """A torch.compile backend for Qwen3-TTS and the models built on it."""
 
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
 from qtts_compile.explain import explain
 from qtts_compile.options import Options
@@ -8,8 +9,20 @@ from qtts_compile.report import Report, collect
 from qtts_compile.rewriter import NotRewritten
 from qtts_compile.stacks import compile, find_stacks
 
-__all__ = ["NotRewritten", "Options", "Report", "collect", "compile", "explain", "find_stacks"]
+if TYPE_CHECKING:
+    from qtts_compile.tts import TTS
+
+__all__ = ["TTS", "NotRewritten", "Options", "Report", "collect", "compile", "explain", "find_stacks"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import :class:`TTS` when it is first used: the backend needs neither it nor transformers."""
+    if name == "TTS":
+        from qtts_compile.tts import TTS
+
+        return TTS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _register_in_bare_checkout() -> None:

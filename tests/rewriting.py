@@ -1,6 +1,7 @@
 """Run a model case eagerly and with backend="qtts" side by side, and see the graphs on the way."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from models import ModelCase, Session
 from torch import nn
 
 from qtts_compile import backend
+from qtts_compile.kernels.gemv import MAX_ROWS
 from qtts_compile.report import GraphReport, collect
 
 Phase = Literal["prefill", "decode"]
@@ -71,15 +73,17 @@ def captured() -> Iterator[list[Graphs]]:
         yield graphs
 
 
-def expected_kernels(case: ModelCase, phase: Phase, cache: str, swiglu: bool = True) -> Counter[str]:
-    """Return how many ops of each rewrite stand in a graph: a function of the structure, the phase and the cache.
+def expected_kernels(case: ModelCase, phase: Phase, cache: str, rows: int | None) -> Counter[str]:
+    """Return how many ops of each rewrite stand in a graph: a function of the structure, the phase, the cache and the rows.
 
-    swiglu: False where a GPU runs one short row, which is left to Inductor.
+    rows: tokens of all sequences together, None where they are a symbol.
     """
     layers = case.layers
-    kernels = Counter(rms_norm=1, add_rms_norm=2 * layers)
-    if swiglu:
-        kernels["swiglu"] = layers
+    few = rows is not None and rows <= MAX_ROWS
+    if few:
+        kernels = Counter(rms_norm=1, norm_linears=layers, norm_swiglu=layers, linear_add=2 * layers)
+    else:
+        kernels = Counter(rms_norm=1, add_rms_norm=2 * layers, swiglu=layers)
     if phase == "decode":
         kernels["attention"] = layers
     if phase == "decode" and cache == "static":
@@ -129,6 +133,12 @@ class Run:
     steps: list[Step]
     eager_cache: list[torch.Tensor]
     compiled_cache: list[torch.Tensor]
+    dynamic: bool | None
+
+    def rows(self, phase: Phase) -> int | None:
+        """Return the tokens of all sequences in a call, None where they are a symbol."""
+        rows = math.prod(next(step for step in self.steps if step.phase == phase).eager[-1].shape[:-1])
+        return None if self.dynamic and rows > 1 else rows
 
     def compiled_graphs(self) -> Iterator[tuple[Phase, GraphReport, Graphs]]:
         for step in self.steps:
@@ -173,7 +183,7 @@ def side_by_side(
                 ]
             states = [[t.clone() for t in (o.hidden_states if hidden_states else (o.last_hidden_state,))] for o in outputs]
             steps.append(Step(phase, states[0], states[1], report.graphs, graphs))
-    return Run(case, eager_session, steps, cache_of(eager_session), cache_of(compiled_session))
+    return Run(case, eager_session, steps, cache_of(eager_session), cache_of(compiled_session), dynamic)
 
 
 def cache_of(session: Session) -> list[torch.Tensor]:

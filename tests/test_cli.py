@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -34,30 +37,62 @@ def directory(tmp_path, monkeypatch):
     return tmp_path
 
 
+def run(command: str, *options: str) -> int:
+    return cli.main([command, "Good morning.", "--no-compile", "--device", "cpu", "--max-new-tokens", "4", *options])
+
+
 def speak(*options: str) -> int:
-    return cli.main(["speak", "Good morning.", "--no-compile", "--device", "cpu", "--max-new-tokens", "4", *options])
+    return run("speak", *options)
 
 
 def refused(capsys, status: int) -> str:
     """Return the one line in which the command says why it did nothing."""
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert status == 2 and error.startswith("qtts: error: ") and not os.listdir()
+    assert status == 2 and error.startswith("qtts: error: ") and not [name for name in os.listdir() if name != "voice.wav"]
     return error
+
+
+@pytest.fixture
+def recording(directory):
+    tone = np.sin(np.arange(16000) * 0.05).astype(np.float32) / 2
+    soundfile.write("voice.wav", np.stack([tone, tone], 1), 16000)
+    return "voice.wav"
 
 
 def test_speak_writes_80_ms_a_frame(capsys):
     assert speak() == 0
     samples, sample_rate = soundfile.read("speech.wav")
     assert (len(samples), sample_rate) == (3 * 1920, 24000)
-    output = capsys.readouterr().out
-    assert "noise, not speech" in output and "Wrote speech.wav: 0.24 s at 24000 Hz" in output
+    captured = capsys.readouterr()
+    assert "noise, not speech" in captured.out
+    assert re.search(
+        r"^Wrote speech.wav at 24000 Hz: 3 frames, 0.24 s of audio in .*ms a frame.*; ended by max_new_tokens; seed 0$", captured.out, re.MULTILINE
+    )
+    assert "qtts: warning: the speech was cut off by max_new_tokens=4" in captured.err and "Speaking" not in captured.err
+
+
+def test_a_stream_writes_the_same_file():
+    assert speak("-o", "whole.wav") == speak("--stream", "-o", "stream.wav") == 0
+    assert Path("whole.wav").read_bytes() == Path("stream.wav").read_bytes()
+
+
+def test_a_terminal_shows_progress(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert speak() == 0
+    assert re.search(r"Speaking: 3 frames", capsys.readouterr().err)
 
 
 def test_the_seed_decides_what_is_sampled():
-    for name, seed in {"a.wav": "1", "b.wav": "1", "c.wav": "2"}.items():
-        assert speak("--seed", seed, "-o", name) == 0
+    for name, options in {"a.wav": ["--seed", "1"], "b.wav": ["--seed", "1"], "c.wav": ["--seed", "2"]}.items():
+        assert speak(*options, "-o", name) == 0
     a, b, c = (Path(name).read_bytes() for name in ("a.wav", "b.wav", "c.wav"))
     assert a == b != c
+
+
+def test_greedy_needs_no_seed():
+    for seed in "12":
+        assert speak("--greedy", "--seed", seed, "-o", f"{seed}.wav") == 0
+    assert Path("1.wav").read_bytes() == Path("2.wav").read_bytes()
 
 
 def test_a_model_given_by_its_directory_is_not_called_noise(checkpoints, capsys):
@@ -65,9 +100,38 @@ def test_a_model_given_by_its_directory_is_not_called_noise(checkpoints, capsys)
     assert "noise" not in capsys.readouterr().out
 
 
+def test_a_model_of_one_voice_speaks_with_it(checkpoints, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("fine-tuned") / "model"
+    shutil.copytree(checkpoints["custom_voice"], directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["talker_config"] |= {"spk_id": {"anna": 3000}, "spk_is_dialect": {"anna": False}}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert speak("--model", str(directory)) == 0
+
+
 def test_a_described_voice_speaks(checkpoints):
-    assert speak("--model", checkpoints["voice_design"], "--instruct", "an old man", "-o", "voice.flac") == 0
+    assert run("design", "--model", checkpoints["voice_design"], "--instruct", "an old man", "-o", "voice.flac") == 0
+    assert run("design", "--instruct", "an old man", "-o", "voice.flac") == 0
     assert soundfile.info("voice.flac").frames == 3 * 1920
+
+
+@pytest.mark.parametrize("options", [["--ref-text", "Evening."], ["--x-vector-only", "--stream"]])
+def test_a_recorded_voice_speaks(options, recording):
+    assert run("clone", "--ref-audio", recording, *options) == 0
+    assert soundfile.info("speech.wav").frames == 3 * 1920
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--ref-text.*--x-vector-only.*one of them"),
+        (["--ref-text", "Evening.", "--x-vector-only"], "one of them"),
+        (["--x-vector-only", "--ref-audio", "missing.wav"], "--ref-audio missing.wav: cannot be read"),
+        (["--x-vector-only", "--ref-audio", __file__], "--ref-audio .*test_cli.py: cannot be read"),
+    ],
+)
+def test_a_recording_that_does_not_serve_is_refused(options, message, recording, capsys):
+    assert re.search(message, refused(capsys, run("clone", "--ref-audio", recording, *options)))
 
 
 @pytest.mark.parametrize(
@@ -79,11 +143,20 @@ def test_a_described_voice_speaks(checkpoints):
         (["--model", "."], r"--model \.: cannot be loaded: "),
         (["--mode", "default"], "--mode.*--no-compile"),
         (["-o", "speech.xyz"], "-o speech.xyz: .*wav"),
+        (["-o", "speech.raw"], "-o speech.raw: .*wav"),
         (["-o", "missing/speech.wav"], "missing does not exist"),
+        (["--max-seq-len", "16"], "max_seq_len=16: give 32 to 32768"),
+        (["--max-seq-len", "32", "--instruct", "as slowly as you can"], "the prompt has .* tokens.*max_seq_len"),
     ],
 )
 def test_wrong_usage_is_one_line_with_the_way_out(options, message, capsys):
     assert re.search(message, refused(capsys, speak(*options)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the default device is the GPU")
+def test_cuda_graphs_on_a_cpu_are_refused(capsys):
+    status = cli.main(["speak", "Hello", "--device", "cpu", "--mode", "reduce-overhead"])
+    assert "mode='reduce-overhead' records CUDA graphs and the model is on the cpu" in refused(capsys, status)
 
 
 def test_empty_text_is_refused(capsys):
@@ -96,15 +169,24 @@ def test_a_missing_gpu_is_refused(capsys):
 
 
 @pytest.mark.parametrize(
+    ("kind", "command"), [("voice_design", "speak"), ("base", "speak"), ("custom_voice", "design"), ("voice_design", "clone"), ("base", "design")]
+)
+def test_each_kind_of_model_has_its_command(kind, command, checkpoints, recording, capsys):
+    needed = {"speak": [], "design": ["--instruct", "calm"], "clone": ["--ref-audio", recording, "--x-vector-only"]}[command]
+    own = {"custom_voice": "speak", "voice_design": "design", "base": "clone"}[kind]
+    assert f"`qtts {own}`" in refused(capsys, run(command, "--model", checkpoints[kind], *needed))
+
+
+@pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("voice_design", [], "needs --instruct"),
         ("voice_design", ["--speaker", "vivian", "--instruct", "calm"], "--speaker vivian: .*--instruct"),
-        ("base", [], "generate_voice_clone"),
+        ("base", [], "clones a recorded voice"),
     ],
 )
-def test_each_kind_of_model_asks_for_what_it_needs(kind, options, message, checkpoints, capsys):
-    assert re.search(message, refused(capsys, speak("--model", checkpoints[kind], *options)))
+def test_explain_asks_for_what_a_model_needs(kind, options, message, checkpoints, capsys):
+    assert re.search(message, refused(capsys, cli.main(["explain", "--device", "cpu", "--model", checkpoints[kind], *options])))
 
 
 @pytest.mark.parametrize("count", ["1", "-3", "many"])

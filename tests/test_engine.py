@@ -185,11 +185,12 @@ def test_a_frame_is_one_rewritten_graph(lengths, size):
     assert torch.equal(other, speak(Engine(talker, max_seq_len=64, mode=None), prompt(talker, [n + 9 for n in lengths]), settings()).codes)
     read, frame = report.graphs  # one for prompts of any length, one for frames
     assert report.graph_breaks == [] and report.refusals == []
-    assert kernels(read) == expected_kernels(case(f"talker-{size}"), "prefill", "static")
-    frame_of_talker = expected_kernels(case(f"talker-{size}"), "decode", "static")
-    frame_of_talker += Counter(add_rms_norm=1)  # the text is added to the codes' embeddings, and the first norm follows
-    frame_of_talker["rms_norm"] -= 1
-    assert kernels(frame) == sum([expected_kernels(case("predictor"), "decode", "static")] * 15, frame_of_talker)
+    assert kernels(read) == expected_kernels(case(f"talker-{size}"), "prefill", "static", rows=None) + Counter(norm_linears=1)  # the head
+    rows, predictor, stack = len(lengths), case("predictor"), case(f"talker-{size}")
+    passes = [expected_kernels(predictor, "decode", "static", rows * tokens) for tokens in (2, *[1] * 14)]
+    heads = Counter(norm_linears=15 + 1 + 15 * (size == "1.7b"))  # and the projections of the talker's width to the predictor's
+    alone = Counter(rms_norm=14)  # the final norms of passes over one token go into the heads
+    assert kernels(frame) == sum(passes, expected_kernels(stack, "decode", "static", rows)) + heads - alone
 
 
 def test_wrong_settings_are_named():

@@ -20,13 +20,13 @@ SMALL = replace(case("predictor"), layers=2)
 def prefill():
     model = SMALL.build(torch.float32)
     session = Session(model, SMALL)
-    return model, session, explain(model, options={"executor": "eager"}, **session.prefill_inputs(6))
+    return model, session, explain(model, options={"executor": "eager"}, **session.prefill_inputs(20))
 
 
 def test_explain_counts_and_places(prefill):
     _, _, report = prefill
     (graph,) = report.graphs
-    assert report.kernels == expected_kernels(SMALL, "prefill", "static")
+    assert report.kernels == expected_kernels(SMALL, "prefill", "static", rows=20)
     assert report.lifted == expected_lifted(SMALL, "prefill", "static")
     assert graph.kernels["swiglu"] == ["layers.0.mlp", "layers.1.mlp"]
     assert report.refusals == [] and report.graph_breaks == [] and report.cudagraph_skips == 0
@@ -36,8 +36,8 @@ def test_explain_counts_and_places(prefill):
 def test_explain_makes_a_real_call_and_leaves_the_module_uncompiled(prefill):
     model, session, _ = prefill
     assert model._compiled_call_impl is None
-    assert session.cache.layers[0].keys[:, :, :6].abs().sum() > 0
-    assert session.cache.layers[0].keys[:, :, 6:].abs().sum() == 0
+    assert session.cache.layers[0].keys[:, :, :20].abs().sum() > 0
+    assert session.cache.layers[0].keys[:, :, 20:].abs().sum() == 0
 
 
 def test_the_table_names_every_rewrite_and_folds_layers(prefill):
@@ -51,7 +51,7 @@ def test_the_table_names_every_rewrite_and_folds_layers(prefill):
 
 def test_to_dict_is_json(prefill):
     data = json.loads(json.dumps(prefill[2].to_dict()))
-    assert data["kernels"] == dict(expected_kernels(SMALL, "prefill", "static"))
+    assert data["kernels"] == dict(expected_kernels(SMALL, "prefill", "static", rows=20))
     assert data["graphs"][0]["kernels"]["swiglu"] == ["layers.0.mlp", "layers.1.mlp"]
     assert set(data) == {"kernels", "lifted", "graphs", "graph_breaks", "cudagraph_skips"}
 

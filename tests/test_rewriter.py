@@ -27,13 +27,13 @@ def test_layers_limits_the_rewrites_to_exactly_those(layers):
     wanted = [f"layers.{i}" for i in range(*layers)]
     for phase, report, _ in run.compiled_graphs():
         assert report.layers == 3
-        expected = expected_kernels(replace(c, layers=len(wanted)), phase, "static")
-        for name in ("swiglu", "attention", "kv_write", "qk_norm_rope_kv_write", "rotary_qk"):
+        expected = expected_kernels(replace(c, layers=len(wanted)), phase, "static", run.rows(phase))
+        for name in ("norm_linears", "norm_swiglu", "linear_add", "attention", "kv_write", "qk_norm_rope_kv_write", "rotary_qk"):
             paths = report.kernels.get(name, [])
             assert sorted({".".join(path.split(".")[:2]) for path in paths}) == (wanted if expected[name] else [])
             assert len(paths) == expected[name]
         # The norm after the last layer belongs to no layer, so it is rewritten whatever the range.
-        norms = report.kernels.get("rms_norm", []) + report.kernels["add_rms_norm"]
+        norms = report.kernels.get("rms_norm", []) + report.kernels.get("add_rms_norm", [])
         assert {path for path in norms if not path.startswith(tuple(wanted))} == {"norm"}
     for step in run.steps:
         torch.testing.assert_close(step.compiled, step.eager, rtol=1e-5, atol=1e-5)
@@ -47,24 +47,33 @@ def test_layers_beyond_the_model_are_refused(model):
 # What no longer appears once a rewrite is off: itself, and the fusions that start from it.
 DEPENDENT = {
     "rms_norm": {"rms_norm", "add_rms_norm"},
+    "swiglu": {"swiglu", "norm_swiglu"},
     "rotary": {"rotary", "rotary_qk", "qk_norm_rope_kv_write"},
     "kv_write": {"kv_write", "qk_norm_rope_kv_write"},
     "attention": {"attention", "qk_norm_rope_kv_write"},
 }
+# What takes over the pieces instead, in other numbers.
+HEIRS = {
+    "swiglu": {"norm_linears"},
+    **{name: {"rms_norm", "kv_write", "rotary_qk"} for name in ("rotary", "kv_write", "attention", "qk_norm_rope_kv_write")},
+    "norm_swiglu": {"swiglu", "norm_linears"},
+    "norm_linears": {"rms_norm"},
+    "linear_add": {"norm_linears", "add_rms_norm", "rms_norm"},
+    "add_rms_norm": {"rms_norm"},
+}
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_every_rewrite_can_be_switched_off(model, name):
+@pytest.mark.parametrize("prefill", [6, 20])
+def test_every_rewrite_can_be_switched_off(model, name, prefill):
     one = replace(SMALL, layers=1)
-    run = side_by_side(one, one.build(torch.float32), options={"disable": [name], "strict": True}, decode=1)
+    run = side_by_side(one, one.build(torch.float32), options={"disable": [name], "strict": True}, decode=1, prefill=prefill)
     gone = DEPENDENT.get(name, {name})
     for phase, report, _ in run.compiled_graphs():
         found = kernels(report)
         assert found.keys().isdisjoint(gone)
-        others = {n: count for n, count in expected_kernels(one, phase, "static").items() if n not in gone}
-        if name in ("rms_norm", "swiglu", "add_rms_norm"):
-            others.pop("rms_norm", None)  # those that lose their addition come back alone
-            assert {n: found[n] for n in others} == others
+        unaffected = expected_kernels(one, phase, "static", run.rows(phase)).keys() - gone - HEIRS.get(name, set())
+        assert unaffected and all(found[n] == expected_kernels(one, phase, "static", run.rows(phase))[n] for n in unaffected)
         assert report.refusals == []
     for step in run.steps:
         torch.testing.assert_close(step.compiled, step.eager, rtol=1e-5, atol=1e-5)
@@ -97,12 +106,13 @@ def altered():
 
 
 def test_an_altered_block_is_refused_with_its_place_and_reason_and_the_rest_is_rewritten(altered):
-    run = side_by_side(SMALL, altered, decode=1)
+    run = side_by_side(SMALL, altered, decode=1, prefill=20)
     for phase, report, _ in run.compiled_graphs():
         (refusal,) = report.refusals
         assert (refusal.rewrite, refusal.module) == ("rms_norm", "layers.1.post_attention_layernorm")
         assert "aten.sum" in refusal.reason and "aten.mean" in refusal.reason
-        assert kernels(report) == expected_kernels(SMALL, phase, "static") - Counter(add_rms_norm=1)
+        lost = Counter(add_rms_norm=1) if phase == "prefill" else Counter()  # in decoding, the layers after it go without the norm
+        assert kernels(report) == expected_kernels(SMALL, phase, "static", run.rows(phase)) - lost
     for step in run.steps:
         torch.testing.assert_close(step.compiled, step.eager, rtol=1e-5, atol=1e-5)
 

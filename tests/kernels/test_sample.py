@@ -1,6 +1,8 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -52,7 +54,9 @@ def process(logits, controls, seen_tokens=None, blocked_tokens=()) -> torch.Tens
         processors.append(TopKLogitsWarper(int(top_k)))
     if do_sample and top_p < 1:
         processors.append(TopPLogitsWarper(top_p))
-    return processors(seen_tokens, logits.cpu().float())  # pyright: ignore[reportArgumentType]
+    # Which of equal logits top-p drops is up to transformers' sort, which is not stable; ours drops the lower tokens first.
+    with patch("torch.sort", functools.partial(torch.sort, stable=True)):
+        return processors(seen_tokens, logits.cpu().float())  # pyright: ignore[reportArgumentType]
 
 
 def race(scores, seed, offset) -> torch.Tensor:
@@ -171,12 +175,20 @@ def test_the_kept_set_is_that_of_transformers(device, launch, top_k, top_p, kind
     won_by = seeds_won_by(logits, range(10))
     location = device if launch is sample_triton else "cpu"
     tokens = draw(logits.to(location).expand(10, -1), controls, won_by, launch=launch).cpu()
-    # Of equal logits transformers' top-p drops any, as its sort is not stable: the kept logits are compared, not the kept tokens.
-    is_kept = tokens == torch.arange(10)
-    assert torch.equal(logits[is_kept].sort().values, logits[scores[0] > -INF].sort().values)
-    assert is_kept[tokens].all()
-    if top_p == 1 or kind == "distinct":
-        assert_drawn_from(tokens, scores.expand(10, -1), won_by)
+    kept = scores[0] > -INF
+    assert torch.equal(tokens == torch.arange(10), kept)
+    assert kept[tokens].all()
+    assert_drawn_from(tokens, scores.expand(10, -1), won_by)
+
+
+@pytest.mark.parametrize("top_k", [1, 63, 64, 65, 100, 255])
+def test_the_last_kept_and_the_first_dropped(device, top_k):
+    # Ascending logits: the 64 groups whose maxima bound the k-th largest from below have the last 64 tokens as maxima.
+    logits = torch.linspace(-0.1, 0.1, 256)
+    last = 256 - top_k
+    won_by = seeds_won_by(logits, [last, last - 1])
+    tokens = draw(logits.to(device).expand(2, -1), make_controls(device, top_k=top_k), won_by).tolist()
+    assert tokens[0] == last and tokens[1] >= last
 
 
 def test_quotients_may_tie_where_logits_differ(device):

@@ -1,0 +1,114 @@
+"""Rows of the engine: frames of one size, batch, cache length and backend, what they cost in memory, and the kernels they run."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import calculate_time_spent, counters
+
+from bench import models
+from bench.hearing import time_first_audio
+from bench.task import CHECKED_FRAMES, PROMPT, Task, agreement, check, enter_speed, generate
+from bench.timing import COMPILE, SKIPS, figure, forget_memory_peak, memory, milliseconds, repeated, synchronize, write_kernels
+from bench.worker import Run
+from qtts_compile.engine import Engine
+from qtts_compile.tts import TTS
+
+
+def engine(run: Run, size: models.Size = "1.7b", backend: str = "qtts", batch: int = 1, slots: int = 2048, audio: bool = False) -> None:
+    """Compile, check and time the frames of one engine, and with ``audio`` all that a user hears of it."""
+    model = models.build("tiny" if run.tiny else size, run.device, run.dtype)
+    forget_memory_peak()
+    tts = TTS(model, mode=run.mode, backend=backend, max_seq_len=slots)
+    lengths = [PROMPT - 3 * (row % 8) for row in range(batch)]
+    compile_frames(run, tts.engine, lengths)
+    if audio:
+        with run.row("warmup") as row:
+            row["figures"] = timed_compile(tts.warmup)
+    if run.compile_only:
+        return
+    take_memory(run, tts, audio)  # before the checks, in which the eager model runs
+    time_frames(run, tts.engine, lengths)
+    if batch == 1:
+        time_frames(run, tts.engine, [slots - PROMPT - run.frames])
+    if audio:
+        time_first_audio(run, tts)
+    if run.profile and not run.tiny:
+        with run.row("kernels") as row:
+            path = Path(run.profile) / f"{run.job}.txt"
+            frames = iter(begin(tts.engine, Task.of(tts.engine.talker, lengths, 3)))
+            synchronize()
+            write_kernels(path, lambda: next(frames), 3, "frame")
+            row["note"] = f"{path}: {path.read_text().splitlines()[0]}"
+
+
+def compile_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
+    """Make the first frames, for which everything is compiled and recorded, and report what that took."""
+    with run.row("compile") as row:
+        task = Task.of(engine.talker, lengths, 3)
+
+        def first_frames() -> None:
+            for _ in range(3):  # CUDA graphs: one call to warm up, one to record, one to replay
+                list(begin(engine, task))
+
+        row["figures"] = timed_compile(first_frames)
+
+
+def timed_compile(call: Any) -> dict[str, Any]:
+    """Return the figures of a call that compiles and records CUDA graphs."""
+    names = {"cudagraph_skips": SKIPS, "fxgraph_cache_hit": "graphs from the cache", "fxgraph_cache_miss": "graphs not from it"}
+    before = [counters["inductor"][name] for name in names]
+    compiled, started = compile_seconds(), time.perf_counter()
+    call()
+    synchronize()
+    times = {COMPILE: figure(time.perf_counter() - started, "s"), "of it torch.compile": figure(compile_seconds() - compiled, "s")}
+    return times | {label: figure(counters["inductor"][name] - count, "") for (name, label), count in zip(names.items(), before)}
+
+
+def compile_seconds() -> float:
+    """Return the seconds this process has spent in ``torch.compile``, by Dynamo's own clock."""
+    return calculate_time_spent().get("entire_frame_compile", 0.0)
+
+
+def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
+    """Check the engine's greedy codes after prompts of these lengths, then time its sampled frames."""
+    talker, batch, position = engine.talker, len(lengths), max(lengths)
+    with run.row(f"frames at positions {position} to {position + run.frames}") as row:
+        greedy = Task.of(talker, lengths, CHECKED_FRAMES, greedy=True)
+        speech = begin(engine, greedy)
+        list(speech)
+        codes = speech.codes.clone()
+        row["check"] = check(talker, greedy, codes)
+        if position == PROMPT:
+            alone = generate(talker, Task.of(talker, lengths[:1], CHECKED_FRAMES, greedy=True))
+            row["check"] += f"; {agreement(codes[0], alone[0])}"
+        task = Task.of(talker, lengths, run.frames)
+        list(begin(engine, task))
+        times = []
+        for _ in range(run.repeats):
+            speech = begin(engine, task)
+            times.append(milliseconds(partial(list, speech)) / run.frames)
+            if speech.frames != run.frames:
+                raise RuntimeError(f"{speech.frames} frames were made instead of {run.frames}")
+        enter_speed(row, times, batch)
+        row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
+
+
+def take_memory(run: Run, tts: TTS, audio: bool) -> None:
+    """Report the peak of memory so far, and with ``audio`` the one after as many frames as the cache holds are decoded."""
+    with run.row("memory") as row:
+        row["figures"] = memory("frames")
+        if audio:
+            frames = tts.engine.max_seq_len - PROMPT
+            tts.codec.decode(torch.zeros(frames, 16, dtype=torch.long, device=run.device))
+            row["figures"] |= memory(f"with {frames} frames of audio")
+        row["note"] = f"{tts.engine.max_seq_len} slots"
+
+
+def begin(engine: Engine, task: Task) -> Any:
+    """Start a task's speech."""
+    return engine.start(task.inputs, task.settings, list(range(len(task.inputs.embeds))))

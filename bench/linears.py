@@ -1,0 +1,273 @@
+"""Time the linear kernels of a few rows at the published shapes, in a CUDA graph whose launches find none of their weights in the L2 cache.
+
+Run: ``python -m bench.linears [--rows 1 2 4 8 16] [--cases NAME ...] [--search] [--bandwidth TB/S] [--json FILE]``. Beside each kernel
+stands what it replaces: cuBLAS, with the norm, SwiGLU and addition as kernels of their own. A result is checked before it is timed.
+``--search`` tries launch parameters and prints the best as lines for ``MEASURED`` in kernels/gemv_launch.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, cast
+
+import torch
+import triton
+from torch.nn.functional import linear
+from triton.backends.compiler import GPUTarget
+
+from bench.machine import describe
+from qtts_compile.kernels import gemv_launch
+from qtts_compile.kernels.gemv_launch import MAX_MULTIPLIED_ROWS, Launch, choose_launch
+from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
+from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
+from qtts_compile.kernels.norm_swiglu import norm_swiglu_reference, norm_swiglu_triton
+from qtts_compile.kernels.rms_norm import rms_norm_triton
+from qtts_compile.kernels.swiglu import swiglu_triton
+
+EPS = 1e-6
+H200_BANDWIDTH = 4.27  # TB/s that a copy reaches
+COLD_BYTES = 200e6  # four times the L2 cache of an H200
+COMPILE_LIMIT_S = 40
+KERNELS = {"norm_linears": norm_linears_triton, "norm_swiglu": norm_swiglu_triton, "linear_add": linear_add_triton}
+REFERENCES = {"norm_linears": norm_linears_reference, "norm_swiglu": norm_swiglu_reference, "linear_add": linear_add_reference}
+
+
+class Case(NamedTuple):
+    """Weights ``[N, width]`` for each N in ``sizes`` (for ``norm_swiglu``, of gate and of up)."""
+
+    name: str
+    op: str
+    width: int
+    sizes: tuple[int, ...]
+    has_norm: bool = True
+    has_bias: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs the programs of a launch share."""
+        return self.sizes[0] if self.op == "norm_swiglu" else sum(self.sizes)
+
+    @property
+    def weight_bytes(self) -> int:
+        """How much one launch reads in bfloat16."""
+        return 2 * self.width * sum(self.sizes)
+
+
+# The talker of the 0.6B model has the shapes of the code predictor.
+CASES = [
+    Case("talker qkv", "norm_linears", 2048, (2048, 1024, 1024)),
+    Case("talker o", "linear_add", 2048, (2048,)),
+    Case("talker gate/up", "norm_swiglu", 2048, (6144, 6144)),
+    Case("talker down", "linear_add", 6144, (2048,)),
+    Case("predictor qkv", "norm_linears", 1024, (2048, 1024, 1024)),
+    Case("predictor o", "linear_add", 2048, (1024,)),
+    Case("predictor gate/up", "norm_swiglu", 1024, (3072, 3072)),
+    Case("predictor down", "linear_add", 3072, (1024,)),
+    Case("talker head", "norm_linears", 2048, (3072,)),
+    Case("talker head, 0.6B", "norm_linears", 1024, (3072,)),
+    Case("predictor head", "norm_linears", 1024, (2048,)),
+    Case("projection", "norm_linears", 2048, (1024,), has_norm=False, has_bias=True),
+]
+
+
+def build_arguments(case: Case, rows: int, device: str, copies: int = 1) -> list[tuple[Any, ...]]:
+    """Return random arguments of the operator: ``copies`` sets of weights, each with the same x and residual, which the L2 cache may hold."""
+    new = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    x, residual = new(rows, case.width), new(rows, case.outputs)
+    sets = []
+    for _ in range(copies):
+        weights = [new(size, case.width) * case.width**-0.5 for size in case.sizes]
+        norm_weight = new(case.width) if case.has_norm else None
+        biases = [new(size) if case.has_bias else None for size in case.sizes]
+        if case.op == "linear_add":
+            sets.append((x, weights[0], None, residual))
+        elif case.op == "norm_swiglu":
+            sets.append((x, norm_weight, *weights, EPS))
+        else:
+            sets.append((x, norm_weight, weights, biases, EPS))
+    return sets
+
+
+def call_library(case: Case, x: torch.Tensor, *others: Any) -> Any:
+    """Compute the case by cuBLAS and a kernel for each other step."""
+    if case.op == "linear_add":
+        weight, bias, residual = others
+        return residual + linear(x, weight, bias)
+    norm_weight, first, second, eps = others
+    normed = x if norm_weight is None else rms_norm_triton(x, norm_weight, eps)
+    if case.op == "norm_swiglu":
+        return swiglu_triton(linear(normed, first), linear(normed, second))
+    return [linear(normed, weight, bias) for weight, bias in zip(first, second, strict=True)]
+
+
+def candidates(case: Case, rows: int) -> Iterator[Launch]:
+    """Yield the launch parameters that a search tries: a thread reads 16 bytes of a row at a time."""
+    block_m = triton.next_power_of_2(rows)
+    matrices = sum(case.sizes) // case.outputs
+    whole_row = triton.next_power_of_2(case.width)
+    if rows <= MAX_MULTIPLIED_ROWS:
+        for num_warps in (1, 2, 4, 8):
+            for block_n in (1, 2, 4, 8, 16):
+                in_thread = block_n * matrices * case.width / (32 * num_warps)
+                if 16 <= in_thread <= 256 and case.outputs / block_n >= 200 and 256 * num_warps <= whole_row:
+                    yield Launch(block_m, block_n, 256 * num_warps, num_warps)
+    if rows > 2:
+        for num_warps in (2, 4, 8):
+            for tile_rows, columns in ((8, 128), (8, 256), (16, 128), (16, 256), (32, 128)):
+                if case.outputs * matrices / tile_rows >= 60:
+                    yield Launch(max(8, block_m), tile_rows // matrices, min(columns * num_warps, whole_row), num_warps)
+
+
+class _Target:
+    """What Triton asks of a driver in order to compile, without a GPU."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:
+    """Compile one launch into Triton's cache on disk, in a process without CUDA; return whether that worked in time."""
+    capability, case, rows, launch = job
+    run = triton.JITFunction.run
+    triton.runtime.driver.set_active(cast(Any, _Target(capability)))
+    gemv_launch._has_pdl = lambda device: capability >= (9, 0)
+    triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(COMPILE_LIMIT_S)
+    try:
+        KERNELS[case.op](*build_arguments(case, rows, "cpu")[0], **launch._asdict())
+        return True
+    except (KeyboardInterrupt, triton.TritonError):
+        return False
+    finally:
+        signal.alarm(0)
+        triton.JITFunction.run = run
+
+
+def is_accurate(ys: Any, references: Any, oracles: Any) -> bool:
+    """Tell whether results, a tensor or a list of them, are about as near to float64 as those of eager PyTorch."""
+    if isinstance(ys, list):
+        return all(is_accurate(*each) for each in zip(ys, references, oracles, strict=True))
+    budget = 2 * ((references - oracles).abs().max() + torch.finfo(ys.dtype).eps * oracles.abs().max())
+    return bool((ys - oracles).abs().max() <= budget)
+
+
+def widened(value: Any) -> Any:
+    """Return arguments with every tensor in float64."""
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    return [widened(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Return for each round the time of one call, when a CUDA graph of all ``calls`` replays."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+        graph.capture_begin()
+        for call in calls:
+            call()
+        graph.capture_end()
+        graph.replay()
+        for _ in range(rounds):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(1000 * start.elapsed_time(end) / len(calls))
+    return times
+
+
+def measure(case: Case, rows: int, launches: Sequence[Launch], bandwidth: float, rounds: int = 9) -> dict[str, Any]:
+    """Check and time a case with each of the launch parameters."""
+    copies = math.ceil(COLD_BYTES / case.weight_bytes)
+    sets = build_arguments(case, rows, "cuda", copies)
+    references, oracles = (REFERENCES[case.op](*arguments) for arguments in (sets[0], widened(sets[0])))
+    sets *= math.ceil(40 / copies)
+    timed = []
+    for launch in launches:
+        if is_accurate(KERNELS[case.op](*sets[0], **launch._asdict()), references, oracles):
+            times = microseconds([partial(KERNELS[case.op], *arguments, **launch._asdict()) for arguments in sets], rounds)
+            timed.append(dict(launch=launch, us=median(times), us_min=min(times), us_max=max(times)))
+        else:
+            print(f"{case.name}, {rows} rows: WRONG RESULT with {launch}", file=sys.stderr, flush=True)
+    library = median(microseconds([partial(call_library, case, *arguments) for arguments in sets], rounds))
+    shape = dict(case=case.name, op=case.op, rows=rows, outputs=case.outputs, width=case.width, weight_bytes=case.weight_bytes)
+    return shape | dict(floor_us=case.weight_bytes / bandwidth / 1e6, library_us=library, launches=sorted(timed, key=lambda entry: entry["us"]))
+
+
+def report(row: dict[str, Any], chosen: Launch) -> str:
+    """Return a line on the launch that the kernel chooses, and after a search one on the best, in the form of ``MEASURED``."""
+
+    def speed(entry: dict[str, Any]) -> str:
+        return f"{entry['us']:8.2f} {row['weight_bytes'] / entry['us'] / 1e6:6.2f} {row['floor_us'] / entry['us']:6.0%}"
+
+    entries = row["launches"]
+    of_chosen = [speed(entry) for entry in entries if entry["launch"] == chosen] or [f"{'wrong or not compiled':>22}"]
+    line = f"{row['case']:20} {row['rows']:4} {of_chosen[0]} {row['floor_us']:8.2f} {row['library_us']:10.2f}   {tuple(chosen)}"
+    if len(entries) > 1:
+        line += f"\n{f'best of {len(entries)}':>25} {speed(entries[0])}"
+        line += f'   ("{row["op"]}", {row["outputs"]}, {row["width"]}, {triton.next_power_of_2(row["rows"])}): Launch{tuple(entries[0]["launch"])},'
+    return line
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=range(1, 17), metavar="ROWS")
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES], metavar="NAME")
+    parser.add_argument("--search", action="store_true", help="try other launch parameters too")
+    parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH, help="TB/s that a copy reaches on this GPU (default: an H200's)")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    started = time.perf_counter()
+    # Compiling is what a search spends its time on. Processes that are forked before CUDA starts do it without one.
+    with multiprocessing.get_context("fork").Pool(max(1, (os.cpu_count() or 1) - 1)) as pool:
+        if not torch.cuda.is_available():
+            raise SystemExit("bench.linears needs a CUDA GPU")
+        capability = torch.cuda.get_device_capability()
+        plan = []
+        for rows in arguments.rows:
+            for case in CASES:
+                if case.name in arguments.cases:
+                    chosen = choose_launch(case.op, rows, case.outputs, case.width, torch.bfloat16, sum(case.sizes) // case.outputs)
+                    others = [launch for launch in candidates(case, rows) if launch != chosen] if arguments.search else []
+                    plan.append((case, rows, [chosen, *others]))
+        compiled = pool.imap(compile_launch, [(capability, case, rows, launch) for case, rows, launches in plan for launch in launches])
+        result: dict[str, Any] = {"machine": describe(), "command": "python -m bench.linears " + " ".join(argv or sys.argv[1:]), "rows": []}
+        print(f"{'case':20} {'rows':>4} {'us':>8} {'TB/s':>6} {'floor':>6} {'floor us':>8} {'library us':>10}   launch", flush=True)
+        for case, rows, launches in plan:
+            usable = [launch for launch, is_compiled in [(launch, next(compiled)) for launch in launches] if is_compiled]
+            row = measure(case, rows, usable, arguments.bandwidth)
+            print(report(row, launches[0]), flush=True)
+            result["rows"].append(row)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(result, indent=1))
+    print(f"{sum(len(launches) for _, _, launches in plan)} launches compiled and timed in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Rows of the cold start: from a checkpoint directory to the first chunk."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench import models
+from bench.engines import compile_seconds
+from bench.hearing import CALL, WrongAudio, first_chunks
+from bench.timing import figure, synchronize
+from bench.worker import Run
+from qtts_compile.tts import TTS
+
+
+def checkpoint(run: Run) -> None:
+    """Write the checkpoint."""
+    with run.row("written") as row:
+        models.write_checkpoint(directory(run), "tiny" if run.tiny else "1.7b", run.device)
+        row["figures"] = {"weights": figure(sum(path.stat().st_size for path in directory(run).rglob("*.safetensors")) / 1e9, "GB")}
+
+
+def directory(run: Run) -> Path:
+    """Return where the checkpoint stands."""
+    return Path(run.folder) / ("checkpoint-tiny" if run.tiny else "checkpoint-1.7b")
+
+
+def start(run: Run) -> None:
+    """Go from a new process to the first chunk, and on until nothing is left to compile."""
+    imported = time.time() - run.started
+    began = time.perf_counter()
+    tts = TTS.from_pretrained(str(directory(run)), device=run.device, dtype=run.dtype, mode=run.mode)
+    synchronize()
+    loaded = time.perf_counter() - began
+    with run.row("load to first audio") as row:
+        compiled, began = compile_seconds(), time.perf_counter()
+        stream: Any = tts.stream_custom_voice(**CALL, seed=0)
+        chunk, _ = next(stream)
+        stream.close()
+        taken, compiled = time.perf_counter() - began, compile_seconds() - compiled
+        if not (chunk.size and np.isfinite(chunk).all() and chunk.any()):
+            raise WrongAudio(f"the first chunk has {chunk.size} samples, or they are silent or not finite")
+        row["check"] = f"the chunk has {chunk.size} finite samples"
+        parts = {"sum": loaded + taken, "load": loaded, "compile": compiled, "capture and run": taken - compiled, "imports, before": imported}
+        row["figures"] = {name: figure(seconds, "s") for name, seconds in parts.items()}
+        row["note"] = "the checkpoint is in the page cache"
+    with run.row("first audio to warm") as row:
+        compiled, began = compile_seconds(), time.perf_counter()
+        tts.warmup()
+        synchronize()
+        taken, compiled = time.perf_counter() - began, compile_seconds() - compiled
+        parts = {"sum": taken, "compile": compiled, "capture and run": taken - compiled}
+        row["figures"] = {name: figure(seconds, "s") for name, seconds in parts.items()} | {"call to first chunk": first_chunks(tts)}

@@ -1,0 +1,5 @@
+import sys
+
+from qtts_compile.cli import main
+
+sys.exit(main())

@@ -1,0 +1,391 @@
+"""The speech tokenizer's decoder with state: any split of the codes gives the waveform of the model's own whole decode."""
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+
+from qtts_compile import collect, demo_model
+from qtts_compile.codec import Codec
+from qtts_compile.demo_config import codec_config
+from qtts_compile.environment import import_qwen_tts
+from qtts_compile.streaming_decoder import Stateful, StreamingDecoder
+
+QUANTIZERS = 3
+SMALL = {
+    "num_quantizers": QUANTIZERS,
+    "codebook_size": 64,
+    "decoder_dim": 32,
+    "num_hidden_layers": 2,
+    "sliding_window": 5,
+    "upsample_rates": [3, 2],
+    "upsampling_ratios": [2],
+}
+SMALLEST = SMALL | {"decoder_dim": 16, "num_hidden_layers": 1, "upsample_rates": [2]}
+VARIANTS = {
+    "published": {},
+    "small": SMALL,
+    "one upsampling": SMALL | {"upsample_rates": [4], "upsampling_ratios": [1], "decoder_dim": 8},
+    "no transposed overlap": SMALL | {"upsample_rates": [], "upsampling_ratios": [3, 2]},
+    "window of one frame": SMALL | {"sliding_window": 1},
+    "grouped attention": SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3},
+}
+
+
+@functools.cache
+def build(name="small", dtype=torch.float32):
+    """Return a tokenizer model with random weights whose waveform is neither silent nor clipped. Tests must not change it."""
+    import_qwen_tts()
+    from qwen_tts.core.tokenizer_12hz.configuration_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Config
+    from qwen_tts.core.tokenizer_12hz.modeling_qwen3_tts_tokenizer_v2 import Qwen3TTSTokenizerV2Model
+
+    config = codec_config()
+    config["decoder_config"] |= VARIANTS[name] if name in VARIANTS else SMALLEST
+    model: Any = Qwen3TTSTokenizerV2Model(Qwen3TTSTokenizerV2Config(**config)).eval()
+    model.to(dtype)
+    weights = {key: demo_model._random_tensor(key, tensor, 0) for key, tensor in model.state_dict().items()}
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        last = model.decoder.decoder[-1].conv
+        last.weight.mul_(1e-3)  # far from being clipped
+        last.weight.mul_(0.1 / model.decoder(codes_of(model, 29)).std())
+    model.config.decode_upsample_rate = int(model.decoder.total_upsample)
+    return model
+
+
+def codes_of(model, frames, batch=1, seed=0):
+    config = model.decoder.config
+    return torch.randint(config.codebook_size, (batch, config.num_quantizers, frames), generator=torch.Generator().manual_seed(seed))
+
+
+def whole(model, codes):
+    with torch.no_grad():
+        waveform = model.decoder(codes)[:, 0]
+    assert waveform.std() > 0.05 and (waveform.abs() == 1).double().mean() < 0.2
+    return waveform
+
+
+def chunks(codes, sizes):
+    """Split along the frames, going through ``sizes`` again and again."""
+    start = 0
+    while start < codes.shape[-1]:
+        for size in sizes:
+            yield codes[..., start : start + size]
+            start += size
+            if start >= codes.shape[-1]:
+                return
+
+
+def stream(decoder, codes, sizes):
+    return torch.cat([decoder(chunk) for chunk in chunks(codes, sizes)], 1)
+
+
+def push(codec, codes, sizes):
+    return torch.cat([codec.push(chunk.T) for chunk in chunks(codes.T, sizes)])
+
+
+def close(actual, expected, atol=1e-4):
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected.to(actual.dtype), atol=atol, rtol=0)
+
+
+@given(name=st.sampled_from([name for name in VARIANTS if name != "published"]), sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6))
+def test_any_split_gives_the_whole_waveform(name, sizes):
+    model = build(name)
+    codes = codes_of(model, 29)
+    close(stream(StreamingDecoder(model.decoder), codes, sizes), whole(model, codes))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_in_double_precision_only_rounding_differs(name):
+    model = build(name, torch.float64)
+    codes = codes_of(model, 20)
+    waveform = stream(StreamingDecoder(model.decoder), codes, [1, 1, 2, 5])
+    assert waveform.dtype == torch.float64
+    close(waveform, whole(model, codes), atol=1e-10)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("small", 400), ("published", 200)])
+def test_streams_longer_than_the_window(name, frames):
+    model = build(name)
+    assert frames > 2 * model.decoder.config.sliding_window
+    codes = codes_of(model, frames)
+    close(stream(StreamingDecoder(model.decoder), codes, [1, 2, 4, 8, 16, 32]), whole(model, codes))
+
+
+def test_rows_of_a_batch_are_streams_of_their_own():
+    model = build()
+    codes = codes_of(model, 17, batch=3)
+    together = stream(StreamingDecoder(model.decoder, batch=3), codes, [2, 7])
+    close(together, torch.cat([whole(model, row[None]) for row in codes]))
+
+
+def test_half_precision_is_no_worse_than_the_model_s_own():
+    exact, rounded = build("published"), build("published", torch.bfloat16)
+    codes = codes_of(exact, 12)
+    expected = whole(exact, codes)
+    errors = [(w - expected).pow(2).mean().sqrt() for w in (stream(StreamingDecoder(rounded.decoder), codes, [1, 4]), whole(rounded, codes))]
+    assert errors[0] < 1.2 * errors[1] < 0.2 * expected.std()
+
+
+def test_reset_begins_anew():
+    model = build()
+    decoder, codes = StreamingDecoder(model.decoder), codes_of(model, 9)
+    stream(decoder, codes_of(model, 31, seed=1), [7])
+    decoder.reset()
+    close(stream(decoder, codes, [4]), whole(model, codes))
+
+
+def test_two_streams_of_one_model_share_weights_and_no_state():
+    model = build()
+    codecs, codes = [Codec(model), Codec(model)], [codes_of(model, 12, seed=seed) for seed in range(2)]
+    waveforms = [[], []]
+    for start in range(0, 12, 3):
+        for codec, row, waveform in zip(codecs, codes, waveforms):
+            waveform.append(codec.push(row[0, :, start : start + 3].T))
+    for row, waveform in zip(codes, waveforms):
+        close(torch.cat(waveform), whole(model, row)[0])
+
+
+def test_the_model_is_left_as_it_was():
+    model = copy.deepcopy(build())
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    modules, codes = dict(model.named_modules()), codes_of(model, 6)
+    expected = whole(model, codes)
+    model.decoder.train()
+    decoder = StreamingDecoder(model.decoder)
+    stream(decoder, codes, [2])
+    assert model.decoder.training and not decoder.decoder.training
+    model.eval()
+    assert torch.equal(whole(model, codes), expected)
+    assert dict(model.named_modules()) == modules
+    assert all(tensor.data_ptr() == before[name][0] and torch.equal(tensor, before[name][1]) for name, tensor in model.state_dict().items())
+
+
+def test_no_weight_is_stored_twice():
+    model = build()
+    decoder = StreamingDecoder(model.decoder)
+    own = {tensor.data_ptr() for tensor in (*model.decoder.parameters(), *model.decoder.buffers())}
+    state = {buffer.data_ptr() for module in decoder.modules() if isinstance(module, Stateful) for buffer in module.buffers(recurse=False)}
+    held = {tensor.data_ptr() for tensor in (*decoder.parameters(), *decoder.buffers())}
+    assert len(list(decoder.parameters())) == len(list(model.decoder.parameters()))
+    assert held <= own | state and not own & state
+
+
+def test_a_model_with_eager_attention_keeps_it():
+    model = copy.deepcopy(build())
+    model.decoder.config._attn_implementation = "eager"
+    codes = codes_of(model, 13)
+    close(stream(StreamingDecoder(model.decoder), codes, [4, 1]), whole(model, codes))
+    assert model.decoder.pre_transformer.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("built_in", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_callers_of_any_gradient_mode(mode, built_in):
+    model = build()
+    codes = codes_of(model, 10)
+    with built_in():
+        codec = Codec(model)
+    with mode():
+        waveforms = [codec.push(chunk.T) for chunk in chunks(codes[0], [3])]
+    assert not any(waveform.requires_grad or waveform.is_inference() for waveform in waveforms)
+    close(torch.cat(waveforms), whole(model, codes)[0])
+    close(stream(StreamingDecoder(model.decoder), codes, [3]), whole(model, codes))
+
+
+def test_push_decode_and_context():
+    model = build()
+    codes = codes_of(model, 23)
+    expected, codec = whole(model, codes)[0], Codec(model, sizes=(1, 4))
+    rows, per_frame = codes[0].T, codec.samples_per_frame
+    assert per_frame == 12 and codec.sample_rate == 24000
+    close(push(codec, rows, [5, 1]), expected)
+    for _ in range(2):  # whatever state the calls before left
+        close(codec.decode(rows), expected)
+        close(codec.decode(rows[7:], context=rows[:7]), expected[7 * per_frame :])
+        close(codec.decode(rows[7:], context=rows[:0]), whole(model, codes[..., 7:])[0])
+    close(codec.push(rows), expected)
+    codec.reset()
+    close(codec.push(rows), expected)
+    assert codec.push(rows[:0]).shape == codec.decode(rows[:0]).shape == (0,)
+
+
+def test_a_tokenizer_its_model_and_a_bare_decoder():
+    model = build()
+    tokenizer = type("Tokenizer", (), {"model": model})()
+    codes = codes_of(model, 3)[0].T
+    waveforms = [Codec(holder).decode(codes) for holder in (tokenizer, model, model.decoder)]
+    assert torch.equal(waveforms[0], waveforms[1]) and torch.equal(waveforms[0], waveforms[2])
+    assert Codec(model.decoder).sample_rate is None
+
+
+def test_the_waveform_is_float32_in_memory_of_its_own():
+    model = build(dtype=torch.bfloat16)
+    codec, codes = Codec(model), codes_of(model, 8)[0].T
+    first = codec.push(codes)
+    assert first.dtype == torch.float32 and first.is_contiguous()
+    kept = first.clone()
+    codec.push(codes.flip(0))
+    assert torch.equal(first, kept)
+
+
+def launched_sizes(codec, call):
+    sizes, run = [], codec._run
+    codec._run = lambda chunk: sizes.append(chunk.shape[-1]) or run(chunk)
+    call()
+    codec._run = run
+    return sizes
+
+
+def test_few_launches():
+    model = build("smallest")
+    torch._dynamo.reset()
+    compiled, plain = Codec(model, mode="default", backend="eager"), Codec(model)
+    codes = codes_of(model, 150)[0].T
+
+    def sizes(codec, frames, how):
+        return launched_sizes(codec, lambda: getattr(codec, how)(codes[:frames]))
+
+    assert sizes(compiled, 62, "decode") == [64]
+    assert sizes(compiled, 150, "decode") == [64, 64, 32]
+    assert sizes(compiled, 128, "decode") == [64, 64]
+    assert sizes(compiled, 62, "push") == [32, 16, 8, 4, 2]
+    assert sizes(compiled, 129, "push") == [64, 64, 1]
+    assert sizes(plain, 62, "decode") == sizes(plain, 62, "push") == [62]
+    assert sizes(plain, 129, "push") == [64, 64, 1]
+    warmed = launched_sizes(compiled, compiled.warmup)
+    assert warmed == [size for size in (64, 32, 16, 8, 4, 2, 1) for _ in range(2)]
+
+
+def test_two_graphs_serve_every_size_and_gradient_mode():
+    model = build("smallest")
+    codes = codes_of(model, 40)
+    expected, rows = whole(model, codes)[0], codes[0].T
+    torch._dynamo.reset()
+    counters.clear()
+    with collect() as report:
+        codec = Codec(model, mode="default", options={"executor": "eager"})
+        with torch.inference_mode():
+            close(push(codec, rows, [1, 2, 3, 9, 1, 16]), expected)
+        close(codec.decode(rows[5:], context=rows[:5]), expected[5 * codec.samples_per_frame :])
+    assert counters["stats"]["unique_graphs"] == 2 and report.graph_breaks == []
+    assert report.kernels["swiglu"] and report.kernels["rms_norm"]
+
+
+@pytest.mark.parametrize("backend", ["qtts", "inductor"])
+def test_generated_code_computes_the_same(backend):
+    model = build("smallest")
+    codes = codes_of(model, 28)
+    expected = whole(model, codes)[0]
+    torch._dynamo.reset()
+    codec = Codec(model, mode="default", backend=backend, sizes=(1, 2, 8))
+    close(push(codec, codes[0].T, [2, 12, 4, 10]), expected)
+    close(codec.decode(codes[0].T), expected)
+
+
+def test_what_a_graph_writes_lies_in_fixed_memory():
+    """CUDA graphs are skipped for a graph that writes to an input whose address may change."""
+    model, seen = build("smallest"), []
+
+    def look(gm, example_inputs, static_input_idxs=(), **kwargs):
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        written = [node.args[0] for node in gm.graph.nodes if node.target is torch.ops.aten.copy_.default]
+        seen.append(([placeholders.index(node) for node in written], list(static_input_idxs)))
+        return gm.forward
+
+    torch._dynamo.reset()
+    decoder = StreamingDecoder(model.decoder)
+    run = torch.compile(decoder, backend=functools.partial(compile_fx, inner_compile=look), fullgraph=True)
+    with torch.no_grad():
+        run(codes_of(model, 4))
+    ((written, static),) = seen
+    states = [buffer for module in decoder.modules() if isinstance(module, Stateful) for buffer in module.buffers(recurse=False)]
+    assert len(written) == len(states) and set(written) <= set(static)
+
+
+def changed(change):
+    """Return a decoder in which ``change`` has altered a layer."""
+    decoder = copy.deepcopy(build().decoder)
+    change(decoder)
+    return decoder
+
+
+class Bare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv1d(4, 4, 3, padding=1)
+
+
+REFUSED = {
+    "stride": (lambda d: setattr(d.pre_conv.conv, "stride", (2,)), r"pre_conv .*stride=\(2,\).*of stride 1"),
+    "lookahead": (lambda d: setattr(d.pre_conv, "padding", 1), "pre_conv .*padded by 1 on the left.*2 here"),
+    "symmetric padding": (lambda d: setattr(d.pre_conv.conv, "padding", (1,)), "pre_conv .*only a causal convolution"),
+    "unpadded": (lambda d: delattr(d.pre_conv, "padding"), "pre_conv .*padded by None"),
+    "transposed lookahead": (lambda d: setattr(d.decoder[1].block[1], "left_pad", 1), r"decoder\.1\.block\.1 .*cut by 1 on the left and 3"),
+    "transposed kernel": (lambda d: setattr(d.decoder[1].block[1].conv, "kernel_size", (7,)), "multiple of the stride"),
+    "bare convolution": (lambda d: d.upsample.append(Bare()), r"upsample\.1\.layer .*cannot be told"),
+    "recurrent layer": (lambda d: d.upsample.append(nn.Sequential(nn.LSTM(4, 4))), r"upsample\.1\.0 .*cannot be told"),
+    "full attention": (
+        lambda d: [setattr(layer.self_attn, "sliding_window", None) for layer in d.pre_transformer.layers],
+        "one finite sliding window",
+    ),
+    "two windows": (lambda d: setattr(d.pre_transformer.layers[0].self_attn, "sliding_window", 9), r"pre_transformer: attention windows \[5, 9\]"),
+    "rotary angles": (lambda d: setattr(d.pre_transformer.rotary_emb, "rope_type", "dynamic"), "rope_type 'dynamic'.*length of the whole stream"),
+    "other upsampling": (lambda d: setattr(d, "total_upsample", 24), "declares 24 samples a frame.*make 12"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_layer_that_cannot_be_streamed_is_named(name):
+    change, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        StreamingDecoder(changed(change))
+
+
+def test_a_decoder_of_another_kind_is_refused():
+    import_qwen_tts()
+    from qwen_tts.core.tokenizer_25hz.configuration_qwen3_tts_tokenizer_v1 import Qwen3TTSTokenizerV1DecoderConfig
+    from qwen_tts.core.tokenizer_25hz.modeling_qwen3_tts_tokenizer_v1 import Qwen3TTSTokenizerV1Decoder
+
+    with torch.device("meta"):
+        diffusion = Qwen3TTSTokenizerV1Decoder(Qwen3TTSTokenizerV1DecoderConfig())
+    with pytest.raises(TypeError, match="Qwen3TTSTokenizerV1Decoder decodes from code, conditioning, reference_mel.*25 Hz"):
+        StreamingDecoder(diffusion)
+    with pytest.raises(TypeError, match="Identity holds 0 transformers"):
+        StreamingDecoder(nn.Identity())
+    for wrong in (nn.Identity(), "tokenizer", None):
+        with pytest.raises(TypeError, match=f"{type(wrong).__name__} is no speech tokenizer.*tts.model.speech_tokenizer"):
+            Codec(wrong)
+
+
+def test_wrong_arguments():
+    model = build()
+    codec, codes = Codec(model), codes_of(model, 4)[0].T
+    for call in (codec.push, codec.decode, lambda wrong: codec.decode(codes, context=wrong)):
+        with pytest.raises(TypeError, match=r"torch.int32.*codes.long\(\)"):
+            call(codes.int())
+        with pytest.raises(ValueError, match=r"codes \(3, 4\) on cpu: \(frames, 3\)"):
+            call(codes.T)
+        with pytest.raises(ValueError, match=r"codes \(1, 4, 3\)"):
+            call(codes[None])
+        with pytest.raises(ValueError, match="on meta.*on cpu is needed"):
+            call(codes.to("meta"))
+    wrong_sizes: Any = ((), (2, 4), (1, 0), (1, 2.5))
+    for sizes in wrong_sizes:
+        with pytest.raises(ValueError, match="1 among them"):
+            Codec(model, sizes=sizes)
+    with pytest.raises(ValueError, match="name a mode"):
+        Codec(model, options={"strict": True})
+    with pytest.raises(ValueError, match="batch=0"):
+        StreamingDecoder(model.decoder, batch=0)
+    for wrong in (codes, codes_of(model, 4, batch=2)):
+        with pytest.raises(ValueError, match=r"\(1, codebooks, frames\) is needed"):
+            StreamingDecoder(model.decoder)(wrong)
