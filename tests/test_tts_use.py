@@ -92,6 +92,8 @@ def test_a_stream_that_was_left_leaves_nothing_behind(tts, leave):
         tts.stats = None
         leave(tts.stream_custom_voice(**{**arguments, "seed": 2}))
         assert leave is leave_by_exception or (stats_of(tts).end_reasons, stats_of(tts).seeds) == (["closed"], [2])
+        _, chunks = stream(tts, "custom_voice", **arguments)
+        np.testing.assert_allclose(np.concatenate(chunks), expected.waveforms[0], rtol=0, atol=1e-4)
         assert_equal(generate(tts, "custom_voice", **arguments), expected)
 
 
