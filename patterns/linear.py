@@ -41,7 +41,7 @@ def few_rows(node: Any) -> Linear | None:
     count = value(rows).shape[0]
     if not isinstance(count, int) or not 0 < count <= MAX_ROWS or len({(t.dtype, t.device) for t in tensors}) > 1 or tensors[0].dtype not in FLOATS:
         return None
-    if value(weight).stride(1) != 1 or (bias is not None and shape(bias) != shape(weight)[:1]):
+    if value(weight).stride(1) != 1 or (bias is not None and (shape(bias) != shape(weight)[:1] or not value(bias).is_contiguous())):
         return None
     return Linear(node, rows, weight, bias)
 
@@ -73,7 +73,9 @@ def norm_before(rows: fx.Node, readers: set[fx.Node]) -> tuple[fx.Node, fx.Node 
     if norm.target not in (ops.default, ops.tensor_eps) or users_through_views(norm) != readers or shape(norm)[-1] != shape(rows)[-1]:
         return rows, None, 0.0
     source, weight, eps = operands(norm)
-    return (source, weight, eps) if value(source).dtype == value(rows).dtype else (rows, None, 0.0)
+    at_rest = weight.op == "placeholder" and value(weight).is_contiguous()  # it too is read ahead of the kernel before
+    alike = value(source).dtype == value(weight).dtype == value(rows).dtype
+    return (source, weight, eps) if at_rest and alike else (rows, None, 0.0)
 
 
 def _is_view(node: fx.Node) -> bool:

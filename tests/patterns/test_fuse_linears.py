@@ -78,6 +78,18 @@ def test_a_weight_that_is_computed_is_left_to_the_library():
     assert kernels(report) == {} and count(graphs.rewritten, "aten.mm") == 1
 
 
+def test_a_norm_whose_weight_is_computed_stays():
+    """A weight stored as its difference from one, for example."""
+    report, _ = rewritten(lambda x, weight, w: F.linear(norm(x, 1 + weight), w), rows(), torch.randn(K), *weights(1))
+    assert kernels(report) == {"rms_norm": 1, "norm_linears": 1}
+
+
+def test_a_bias_with_gaps_is_left_to_the_library():
+    function = lambda x, w, bias: F.linear(x, w, bias)  # noqa: E731
+    assert kernels(rewritten(function, rows()[0], *weights(1), torch.randn(N))[0]) == {"norm_linears": 1}
+    assert kernels(rewritten(function, rows()[0], *weights(1), torch.randn(2 * N)[::2])[0]) == {}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_projections_and_swiglu_become_one_launch(dtype):
     function = lambda x, weight, gate, up: F.silu(F.linear(norm(x, weight), gate)) * F.linear(norm(x, weight), up)  # noqa: E731
