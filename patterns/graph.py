@@ -11,6 +11,7 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.fx.node import map_arg
 
+from qtts_compile.kernels.checks import FLOAT_DTYPES
 from qtts_compile.patterns.tracing import TensorSpec, trace
 
 
@@ -40,12 +41,18 @@ def overload(op: str, eps: Any) -> Any:
     return packet.tensor_eps if isinstance(eps, fx.Node) else packet.default
 
 
+def is_call_of(node: Any, op: str) -> bool:
+    """Tell whether a node calls ``qtts::op``, by the overload for an eps that is a number or for one that is a graph input."""
+    packet = getattr(torch.ops.qtts, op)
+    return isinstance(node, fx.Node) and node.target in (packet.default, packet.tensor_eps)
+
+
 def dtypes_and_devices(graph: fx.Graph) -> list[tuple[torch.dtype, torch.device]]:
     """Return the floating dtypes that occur in a graph, with their devices, in order of appearance."""
     seen: dict[tuple[torch.dtype, torch.device], None] = {}
     for node in graph.nodes:
         val = node.meta.get("val")
-        if isinstance(val, torch.Tensor) and val.dtype in (torch.float16, torch.bfloat16, torch.float32) and val.ndim > 0:
+        if isinstance(val, torch.Tensor) and val.dtype in FLOAT_DTYPES and val.ndim > 0:
             seen[val.dtype, val.device] = None
     return list(seen)
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from qtts_compile.kernels.checks import FLOAT_DTYPES
 from qtts_compile.kernels.gemv import MAX_ROWS
-from qtts_compile.patterns.graph import operands, shape, value
+from qtts_compile.patterns.graph import is_call_of, operands, shape, value
 
 aten = torch.ops.aten
 # Measured on an H200: 24 us of cuBLAS's 23 at 4 rows of gate and up, 6144 x 2048 each, and 37 at 16 rows. With less to read the kernels win.
 MANY_ROWS, MANY_WEIGHTS = 4, 2 * 6144 * 2048
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ def few_rows(node: Any) -> Linear | None:
         return None
     tensors = [value(n) for n in (rows, weight, bias) if n is not None]
     count = value(rows).shape[0]
-    if not isinstance(count, int) or not 0 < count <= MAX_ROWS or len({(t.dtype, t.device) for t in tensors}) > 1 or tensors[0].dtype not in FLOATS:
+    if (
+        not isinstance(count, int)
+        or not 0 < count <= MAX_ROWS
+        or len({(t.dtype, t.device) for t in tensors}) > 1
+        or tensors[0].dtype not in FLOAT_DTYPES
+    ):
         return None
     if value(weight).stride(1) != 1 or (bias is not None and (shape(bias) != shape(weight)[:1] or not value(bias).is_contiguous())):
         return None
@@ -69,8 +74,7 @@ def users_through_views(node: fx.Node) -> set[fx.Node]:
 def norm_before(rows: fx.Node, readers: set[fx.Node]) -> tuple[fx.Node, fx.Node | None, Any]:
     """Return source, weight and eps of the RMSNorm that gives ``rows`` and is read by ``readers`` alone, else ``rows``, None and 0."""
     norm = without_views(rows)
-    ops = torch.ops.qtts.rms_norm
-    if norm.target not in (ops.default, ops.tensor_eps) or users_through_views(norm) != readers or shape(norm)[-1] != shape(rows)[-1]:
+    if not is_call_of(norm, "rms_norm") or users_through_views(norm) != readers or shape(norm)[-1] != shape(rows)[-1]:
         return rows, None, 0.0
     source, weight, eps = operands(norm)
     at_rest = weight.op == "placeholder" and value(weight).is_contiguous()  # it too is read ahead of the kernel before

@@ -46,10 +46,10 @@ def qtts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     """
     parsed = Options.parse(mode, options)
     register_lowerings()
+    # Padded products, which Inductor chooses by timing them, would make what is rewritten a matter of chance.
+    patches = {"shape_padding": False, **parsed.config_patches()}
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(
-            gm, list(example_inputs), inner_compile=functools.partial(_compile_graph, options=parsed), config_patches=parsed.config_patches()
-        )
+        return compile_fx(gm, list(example_inputs), inner_compile=functools.partial(_compile_graph, options=parsed), config_patches=patches)
 
 
 def reset() -> None:

@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from transformers import Cache
 
 
+def add_static_buffer(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Give ``module`` a buffer of zeros that is no weight and that CUDA graphs may write, as its address stays."""
+    buffer = torch.zeros(shape, dtype=dtype, device=device)
+    torch._dynamo.mark_static_address(buffer)
+    module.register_buffer(name, buffer, persistent=False)
+
+
 class StaticKVCache(nn.Module):
     """Keys and values of every layer of a decoder stack, ``[batch, kv_heads, slots, head_dim]`` each.
 
@@ -23,9 +30,7 @@ class StaticKVCache(nn.Module):
         self.layers = config.num_hidden_layers
         for layer in range(self.layers):
             for name in ("keys", "values"):
-                buffer = torch.zeros(shape, dtype=dtype, device=device)
-                torch._dynamo.mark_static_address(buffer)
-                self.register_buffer(f"{name}_{layer}", buffer, persistent=False)
+                add_static_buffer(self, f"{name}_{layer}", shape, dtype, device)
 
     def prompt(self, positions: Tensor) -> Cache:
         """Return the view that writes a prompt's keys and values to the slots ``positions`` ``[T]`` and attends over the prompt alone."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtts_compile.cache import StaticKVCache
+from qtts_compile.cache import StaticKVCache, add_static_buffer
 from qtts_compile.kernels.sample import sample
 from qtts_compile.sampling import Settings
 
@@ -49,20 +49,15 @@ class SpeechState(nn.Module):
         self.cache = StaticKVCache(config, batch, slots, dtype, device)
         self.sub_cache = StaticKVCache(config.code_predictor_config, batch, self.groups, dtype, device)
         for name in ("text", "hidden"):
-            self._add(name, (batch, 1, config.hidden_size), dtype, device)
+            add_static_buffer(self, name, (batch, 1, config.hidden_size), dtype, device)
         for name, shape in {"token": (batch, 1), "codes": (batch, slots, self.groups), "start": (batch,), "seed": (batch,)}.items():
-            self._add(name, shape, torch.long, device)
+            add_static_buffer(self, name, shape, torch.long, device)
         for name in ("position", "frame", "min_new_tokens"):
-            self._add(name, (1,), torch.long, device)
+            add_static_buffer(self, name, (1,), torch.long, device)
         for name, rows in {"seen": batch, "suppressed": 1, "ending": 1}.items():
-            self._add(name, (rows, self.vocabulary), torch.bool, device)
+            add_static_buffer(self, name, (rows, self.vocabulary), torch.bool, device)
         for name in ("controls", "sub_controls"):
-            self._add(name, (5,), torch.float32, device)
-
-    def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        buffer = torch.zeros(shape, dtype=dtype, device=device)
-        torch._dynamo.mark_static_address(buffer)
-        self.register_buffer(name, buffer, persistent=False)
+            add_static_buffer(self, name, (5,), torch.float32, device)
 
     def reset(self, settings: Settings, start: Tensor, seeds: Tensor) -> None:
         """Begin utterances whose prompts have their first token at slot ``start`` ``[B]`` int64, drawn with ``seeds`` ``[B]`` int64."""
@@ -78,14 +73,13 @@ class SpeechState(nn.Module):
         self.controls.copy_(settings.talker.controls())
         self.sub_controls.copy_(settings.subtalker.controls())
 
-    def choose(self, logits: Tensor, index: Tensor) -> Tensor:
-        """Choose the talker's token number ``index`` ``[1]`` from ``logits`` ``[B, V]``, remember it, and return it as ``[B, 1]``."""
+    def choose(self, logits: Tensor, index: Tensor) -> None:
+        """Choose the talker's token number ``index`` ``[1]`` from ``logits`` ``[B, V]`` and remember it."""
         blocked = self.suppressed | (self.ending & (index < self.min_new_tokens))
         blocked = blocked.expand(self.batch, -1)
         token = sample(logits, self.controls, self.seed, index * self.groups, self.seen, blocked)[:, None]
         self.seen.scatter_(1, token, True)
         self.token.copy_(token)
-        return token
 
 
 class Prompt(nn.Module):

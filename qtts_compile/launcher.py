@@ -56,10 +56,10 @@ class Launcher:
 
     def _prepare_thread(self, device: torch.device) -> None:
         """Make cuBLAS and cuDNN set up what they keep for each thread, which they cannot while a CUDA graph is recorded."""
-        if device.type == "cuda" and device not in vars(self._prepared):
+        if device.type == "cuda" and str(device) not in vars(self._prepared):
             torch.cuda.current_blas_handle()
             torch.conv1d(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, 1, device=device))
-            vars(self._prepared)[device] = True
+            vars(self._prepared)[str(device)] = True
 
     @contextlib.contextmanager
     def _own_graphs(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ and fails without one. The two never share a process, because Triton decides onc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -43,3 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Where the kernel under test runs: "cpu" (interpreted) or "cuda"."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def float32_products():
+    """TF32 would hide differences of float32 behind its own."""
+    backends: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, allowed in zip(backends, before):
+        backend.allow_tf32 = allowed

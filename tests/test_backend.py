@@ -97,7 +97,7 @@ def test_modes_and_options_reach_inductor():
 
     class Look(CustomGraphPass):
         def __call__(self, graph):
-            seen.update(cudagraphs=config.triton.cudagraphs, autotune=config.max_autotune, seed=config.fallback_random)
+            seen.update(cudagraphs=config.triton.cudagraphs, autotune=config.max_autotune, seed=config.fallback_random, padding=config.shape_padding)
 
         def uuid(self):
             return "look"
@@ -105,7 +105,10 @@ def test_modes_and_options_reach_inductor():
     options = {"mode": "reduce-overhead", "max_autotune": True, "fallback_random": True, "post_grad_custom_pre_pass": Look()}
     with fresh_cache(), torch.inference_mode():
         compiled(norm, *tensors(), options=options)
-    assert seen == {"cudagraphs": True, "autotune": True, "seed": True}
+    assert seen == {"cudagraphs": True, "autotune": True, "seed": True, "padding": False}
+    with fresh_cache(), torch.inference_mode():
+        compiled(norm, *tensors(), options=options | {"shape_padding": True})
+    assert seen["padding"] is True
 
 
 @pytest.mark.parametrize("executor", ["eager", "inductor"])

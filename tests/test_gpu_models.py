@@ -12,19 +12,10 @@ from torch._dynamo.utils import counters
 import qtts_compile
 from qtts_compile import collect
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_products")]
 
 SLOTS = 96
 CUDA_GRAPHS = {"mode": "reduce-overhead", "triton.cudagraph_or_error": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float32_products():
-    """TF32 would hide differences of float32 behind its own."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(autouse=True)

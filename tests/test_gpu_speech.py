@@ -11,18 +11,9 @@ from test_engine import prompt, settings, speak
 from qtts_compile import collect
 from qtts_compile.engine import Engine, PromptInputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_products")]
 
 STRICT = {"triton.cudagraph_or_error": True}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float32_products():
-    """TF32 would hide differences of float32 behind its own."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(scope="module", params=["1.7b", "0.6b"])

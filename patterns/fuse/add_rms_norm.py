@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qtts_compile.patterns.graph import getitem, insert, operands, shape, value
+from qtts_compile.patterns.graph import getitem, insert, is_call_of, operands, shape, value
 from qtts_compile.patterns.lift.rms_norm import norm_call
 from qtts_compile.patterns.scope import Scope
 
@@ -14,8 +14,7 @@ NAME = "add_rms_norm"
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
     """Fuse every residual addition with the norm that reads it."""
-    ops = torch.ops.qtts.rms_norm
-    for norm in [n for n in graph.nodes if n.target in (ops.default, ops.tensor_eps)]:
+    for norm in [n for n in graph.nodes if is_call_of(n, "rms_norm")]:
         total, weight, eps = operands(norm)
         if total.target is not torch.ops.aten.add.Tensor or total.kwargs or not scope.allows(NAME, norm):
             continue

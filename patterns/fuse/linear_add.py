@@ -29,4 +29,3 @@ def fuse(graph: fx.Graph, scope: Scope) -> None:
             node.replace_all_uses_with(insert(graph, node, op, rows, linear.weight, linear.bias, residual))
             graph.erase_node(node)
             break
-    graph.eliminate_dead_code()

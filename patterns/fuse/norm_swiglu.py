@@ -27,4 +27,3 @@ def fuse(graph: fx.Graph, scope: Scope) -> None:
         call = insert(graph, node, overload(NAME, eps), source, norm_weight, gate.weight, up.weight, eps)
         node.replace_all_uses_with(insert(graph, node, torch.ops.aten.reshape.default, call, list(shape(node))))
         graph.erase_node(node)
-        graph.eliminate_dead_code()

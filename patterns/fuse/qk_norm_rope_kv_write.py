@@ -20,7 +20,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from qtts_compile.patterns.graph import insert, insert_mutating, keywords, operands, value
+from qtts_compile.patterns.graph import insert, insert_mutating, is_call_of, keywords, operands, overload, value
 from qtts_compile.patterns.scope import Scope
 
 NAME = "qk_norm_rope_kv_write"
@@ -67,7 +67,6 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
     point = max(q_rope, k_write, v_write)
     if not all(point < user for node in (q_rope, k_cache, v_cache) for user in node.users):
         return "a result is read before both caches are written"
-    op = torch.ops.qtts.qk_norm_rope_kv_write
     cos, sin, sections, interleaved = operands(q_rope)[1:]
     arguments = dict(
         q=_heads_first(graph, point, q),
@@ -85,8 +84,7 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
         v_cache=v_args["cache"],
         position=k_args["position"],
     )
-    overload = op.tensor_eps if isinstance(eps[0], fx.Node) else op.default
-    for old, new in zip((q_rope, k_cache, v_cache), insert_mutating(graph, point, overload, arguments, attention)):
+    for old, new in zip((q_rope, k_cache, v_cache), insert_mutating(graph, point, overload(NAME, eps[0]), arguments, attention)):
         old.replace_all_uses_with(new)
     for node in (k_cache, v_cache, k_write, v_write, q_rope, k_rope):
         graph.erase_node(node)
@@ -103,10 +101,9 @@ def _write_of(cache: fx.Node) -> fx.Node | None:
 
 def _normed(x: fx.Node) -> Normed:
     """Look through ``norm(x).transpose(1, 2)``; anything else is taken as it is."""
-    ops = torch.ops.qtts.rms_norm
     if x.target is torch.ops.aten.permute.default and list(operands(x)[1]) == [0, 2, 1, 3]:
         norm = operands(x)[0]
-        if norm.target in (ops.default, ops.tensor_eps) and value(norm.args[0]).dtype == value(norm).dtype:
+        if is_call_of(norm, "rms_norm") and value(norm.args[0]).dtype == value(norm).dtype:
             return Normed(*norm.args, transposed=True)
     return Normed(x, None, None, False)
 

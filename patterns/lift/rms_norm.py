@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qtts_compile.patterns.graph import dtypes_and_devices, insert, operands, shape, value
+from qtts_compile.patterns.graph import dtypes_and_devices, insert, operands, overload, shape, value
 from qtts_compile.patterns.matching import Example, Match, Pattern
 from qtts_compile.patterns.tracing import TensorSpec
 
@@ -34,9 +34,9 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
 
 def norm_call(op: str, *args: Any) -> tuple[Any, ...]:
     """Return the op and its arguments, by the overload that fits an eps that is a number or a graph input."""
-    packet = getattr(torch.ops.qtts, op)
-    args = tuple(_widest(a) if isinstance(a, fx.Node) else float(a) if isinstance(a, int) else a for a in args)
-    return (packet.default if any(isinstance(a, float) for a in args) else packet.tensor_eps), *args
+    *tensors, eps = args
+    eps = _widest(eps) if isinstance(eps, fx.Node) else float(eps)
+    return overload(op, eps), *tensors, eps
 
 
 def _widest(node: fx.Node) -> fx.Node:

@@ -41,8 +41,23 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def assert_accurate(actual: torch.Tensor, oracle: torch.Tensor, reference: torch.Tensor) -> None:
-    """Assert that ``actual`` is finite and within twice the error of ``reference`` plus a rounding of the largest value."""
+def rotations(weight: torch.Tensor) -> torch.Tensor:
+    """Return the rows of ``weight`` [N, K] followed by themselves rotated, [N * R, K] in all: at least 64 outputs of one distribution.
+
+    The largest error of a few sums says little about their arithmetic: it may be zero by chance. That of many is a measure.
+    """
+    return torch.cat([weight.roll(turn, 1) for turn in range(-(-64 // len(weight)))])
+
+
+def assert_accurate(actual: torch.Tensor, oracle: torch.Tensor, reference: torch.Tensor, leading: bool = False) -> None:
+    """Assert that ``actual`` is finite and within twice the error of ``reference`` plus a rounding of the largest value.
+
+    leading: ``oracle`` and ``reference`` have more outputs than ``actual``, which are there to measure the reference's error.
+    """
+    error_of_all = (reference.double() - oracle).abs()
+    largest = oracle.abs()
+    if leading:
+        oracle, reference = (t[..., : actual.shape[-1]] for t in (oracle, reference))
     assert actual.shape == reference.shape and actual.dtype == reference.dtype, (
         f"{actual.shape} {actual.dtype}, not {reference.shape} {reference.dtype}"
     )
@@ -51,6 +66,6 @@ def assert_accurate(actual: torch.Tensor, oracle: torch.Tensor, reference: torch
         return
     assert actual.isfinite().all(), "the result is not finite"
     error = (actual.double() - oracle).abs().max().item()
-    reference_error = (reference.double() - oracle).abs().max().item()
-    budget = 2 * (reference_error + torch.finfo(actual.dtype).eps * oracle.abs().max().item())
+    reference_error = error_of_all.max().item()
+    budget = 2 * (reference_error + torch.finfo(actual.dtype).eps * largest.max().item())
     assert error <= budget, f"kernel error {error:.3e} exceeds the budget {budget:.3e}; the reference's error is {reference_error:.3e}"

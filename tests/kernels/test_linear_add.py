@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, seeds
+from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
 
 from qtts_compile.kernels.linear_add import linear_add, linear_add_reference, linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears
@@ -14,8 +14,11 @@ shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 4), (2, 3,
 def check(x, weight, bias, residual, **launch):
     with poisoned_memory():
         y = linear_add_triton(x, weight, bias, residual, **launch)
-    oracle = residual.double() + x.double() @ weight.double().T + (0.0 if bias is None else bias.double())
-    assert_accurate(y, oracle, linear_add_reference(x, weight, bias, residual))
+    many = rotations(weight)
+    turns = len(many) // len(weight)
+    bias, residual = bias if bias is None else bias.repeat(turns), residual.repeat(*(1 for _ in x.shape[:-1]), turns)
+    oracle = residual.double() + x.double() @ many.double().T + (0.0 if bias is None else bias.double())
+    assert_accurate(y, oracle, linear_add_reference(x, many, bias, residual), leading=True)
     assert y.is_contiguous()
     return y
 

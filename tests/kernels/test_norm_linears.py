@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, seeds
+from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
 
 from qtts_compile.kernels.norm_linears import norm_linears, norm_linears_reference, norm_linears_triton
 from qtts_compile.kernels.rms_norm import rms_norm_reference
@@ -21,9 +21,11 @@ def oracle(x, norm_weight, weights, biases):
 def check(x, norm_weight, weights, biases, **launch):
     with poisoned_memory():
         ys = norm_linears_triton(x, norm_weight, weights, biases, EPS, **launch)
-    references = norm_linears_reference(x, norm_weight, weights, biases, EPS)
-    for y, expected, reference in zip(ys, oracle(x, norm_weight, weights, biases), references, strict=True):
-        assert_accurate(y, expected, reference)
+    many = [rotations(weight) for weight in weights]
+    biases = [bias if bias is None else bias.repeat(len(more) // len(bias)) for bias, more in zip(biases, many)]
+    references = norm_linears_reference(x, norm_weight, many, biases, EPS)
+    for y, expected, reference in zip(ys, oracle(x, norm_weight, many, biases), references, strict=True):
+        assert_accurate(y, expected, reference, leading=True)
         assert y.is_contiguous()
     return ys
 

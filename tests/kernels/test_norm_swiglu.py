@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, seeds
+from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
 
 from qtts_compile.kernels.norm_swiglu import norm_swiglu, norm_swiglu_reference, norm_swiglu_triton
 from qtts_compile.kernels.rms_norm import rms_norm_reference
@@ -22,7 +22,8 @@ def oracle(x, norm_weight, gate_weight, up_weight):
 def check(x, norm_weight, gate_weight, up_weight, **launch):
     with poisoned_memory():
         y = norm_swiglu_triton(x, norm_weight, gate_weight, up_weight, EPS, **launch)
-    assert_accurate(y, oracle(x, norm_weight, gate_weight, up_weight), norm_swiglu_reference(x, norm_weight, gate_weight, up_weight, EPS))
+    weights = rotations(gate_weight), rotations(up_weight)
+    assert_accurate(y, oracle(x, norm_weight, *weights), norm_swiglu_reference(x, norm_weight, *weights, EPS), leading=True)
     assert y.is_contiguous()
     return y
 
