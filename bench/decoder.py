@@ -13,6 +13,7 @@ from bench.hearing import WrongAudio, relative_error
 from bench.timing import repeated
 from bench.worker import Run
 from qtts_compile.codec import Codec
+from qtts_compile.launcher import Launcher
 
 CHUNKS = (1, 2, 4, 8)
 WHOLE = 62  # frames: 5 s
@@ -24,7 +25,7 @@ def decoder(run: Run) -> None:
     """Compile, check and time the decoder."""
     tokenizer = models.build("tiny" if run.tiny else "1.7b", run.device, run.dtype).model.speech_tokenizer.model
     codes = torch.randint(0, 2048, (WHOLE, 16), generator=torch.Generator().manual_seed(0)).to(run.device)
-    codec = Codec(tokenizer, mode=run.mode)
+    codec = Codec(tokenizer, launcher=Launcher(codes.device, run.mode))
 
     def first_calls() -> None:
         for _ in range(3):  # CUDA graphs: one call to warm up, one to record, one to replay

@@ -60,13 +60,13 @@ def compile_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
 
 def timed_compile(call: Any) -> dict[str, Any]:
     """Return the figures of a call that compiles and records CUDA graphs."""
-    names = {"cudagraph_skips": SKIPS, "fxgraph_cache_hit": "graphs from the cache", "fxgraph_cache_miss": "graphs not from it"}
-    before = [counters["inductor"][name] for name in names]
+    names = {"autograd_cache_hit": "graphs from the cache", "autograd_cache_miss": "graphs not from it"}
+    before = [counters["aot_autograd"][name] for name in names]
     compiled, started = compile_seconds(), time.perf_counter()
     call()
     synchronize()
     times = {COMPILE: figure(time.perf_counter() - started, "s"), "of it torch.compile": figure(compile_seconds() - compiled, "s")}
-    return times | {label: figure(counters["inductor"][name] - count, "") for (name, label), count in zip(names.items(), before)}
+    return times | {label: figure(counters["aot_autograd"][name] - count, "") for (name, label), count in zip(names.items(), before)}
 
 
 def compile_seconds() -> float:
@@ -88,13 +88,15 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
             row["check"] += f"; {agreement(codes[0], alone[0])}"
         task = Task.of(talker, lengths, run.frames)
         list(begin(engine, task))
-        times = []
+        times, unrecorded = [], engine.launcher.runs
         for _ in range(run.repeats):
             speech = begin(engine, task)
             times.append(milliseconds(partial(list, speech)) / run.frames)
             if speech.frames != run.frames:
                 raise RuntimeError(f"{speech.frames} frames were made instead of {run.frames}")
         enter_speed(row, times, batch)
+        if engine.launcher.records:
+            row["figures"][SKIPS] = figure(engine.launcher.runs - unrecorded, "")
         row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 GIB = 1024**3
-COMPILE, SKIPS = "compile and capture", "CUDA-graph skips"  # figures
+COMPILE, SKIPS = "compile and capture", "launches without a CUDA graph"  # figures
 
 
 def figure(values: Iterable[float] | float, unit: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The entry of ``torch.compile(model, backend="qtts")``.
 
 Graphs are rewritten between AOTAutograd and Inductor: the compiler that AOTAutograd calls is wrapped, so Inductor sees (and caches) the
-rewritten graph, and a pass of the user's own in Inductor's hooks runs as ever. Since rewriting happens before any cache is looked up, reports
-are right on a warm cache too; for that, AOTAutograd's own cache, which would skip the rewriting, is off while this backend compiles.
+rewritten graph, and a pass of the user's own in Inductor's hooks runs as ever. AOTAutograd's cache, on whose hits nothing is rewritten, holds the
+reports beside the graphs (see :mod:`qtts_compile.autograd_cache`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
 
+from qtts_compile.autograd_cache import inductors_own_cache, settings, storable
 from qtts_compile.kernels.library import register_lowerings
 from qtts_compile.options import Options
 from qtts_compile.report import GraphReport, publish
@@ -48,8 +49,9 @@ def qtts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     register_lowerings()
     # Padded products, which Inductor chooses by timing them, would make what is rewritten a matter of chance.
     patches = {"shape_padding": False, **parsed.config_patches()}
-    with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, list(example_inputs), inner_compile=functools.partial(_compile_graph, options=parsed), config_patches=patches)
+    cache, keys = settings(gm, example_inputs, parsed, missing_compiler())
+    with functorch_config.patch(cache):
+        return compile_fx(gm, list(example_inputs), inner_compile=functools.partial(_compile_graph, options=parsed), config_patches=patches | keys)
 
 
 def reset() -> None:
@@ -74,7 +76,10 @@ def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options
         report.notes.append(f"{missing}: the graph runs op by op")
         executor = "eager"
     publish(report)
-    return _interpret(gm, **kwargs) if executor == "eager" else compile_fx_inner(gm, example_inputs, **kwargs)
+    if executor == "eager":
+        return storable(_interpret(gm, **kwargs), report)
+    with inductors_own_cache():
+        return storable(compile_fx_inner(gm, example_inputs, **kwargs), report)
 
 
 def _interpret(gm: fx.GraphModule, is_inference: bool = False, **kwargs: Any) -> Callable:

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 
-def add_static_buffer(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """Give ``module`` a buffer of zeros that is no weight and that CUDA graphs may write, as its address stays."""
-    buffer = torch.zeros(shape, dtype=dtype, device=device)
-    torch._dynamo.mark_static_address(buffer)
-    module.register_buffer(name, buffer, persistent=False)
+def add_buffer(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Give ``module`` a buffer of zeros that is no weight."""
+    module.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
 
 class StaticKVCache(nn.Module):
@@ -30,7 +28,7 @@ class StaticKVCache(nn.Module):
         self.layers = config.num_hidden_layers
         for layer in range(self.layers):
             for name in ("keys", "values"):
-                add_static_buffer(self, f"{name}_{layer}", shape, dtype, device)
+                add_buffer(self, f"{name}_{layer}", shape, dtype, device)
 
     def prompt(self, positions: Tensor) -> Cache:
         """Return the view that writes a prompt's keys and values to the slots ``positions`` ``[T]`` and attends over the prompt alone."""

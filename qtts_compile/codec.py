@@ -1,6 +1,6 @@
 """The speech tokenizer's decoder as a user runs it: codes in, samples out, whole or as a stream, compiled for a few chunk sizes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,7 @@ class Codec:
 
     Args:
         tokenizer: speech tokenizer (12 Hz), its model, or that model's decoder.
-        mode: torch.compile's mode, or None to run uncompiled.
-        backend: torch.compile's backend.
-        options: torch.compile's options, beside what the mode stands for.
+        launcher: compiles and runs; None runs uncompiled.
         sizes: numbers of frames that are decoded at once, 1 among them. The largest bounds the memory; uncompiled, only it counts.
 
     Attributes:
@@ -36,9 +34,7 @@ class Codec:
         self,
         tokenizer: Any,
         *,
-        mode: str | None = None,
-        backend: str = "qtts",
-        options: Mapping[str, Any] | None = None,
+        launcher: Launcher | None = None,
         sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     ) -> None:
         if 1 not in sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -50,12 +46,12 @@ class Codec:
         if not isinstance(decoder, nn.Module):
             raise TypeError(f"{type(tokenizer).__name__} is no speech tokenizer and holds none; pass tts.model.speech_tokenizer")
         self._decoder = StreamingDecoder(decoder)
-        launcher = Launcher(mode, backend, options)
-        self._run, self._any_size = launcher.wrap(self._decoder), launcher.mode is None
+        self._device = next(decoder.parameters()).device
+        launcher = launcher or Launcher(self._device)
+        self._run, self._any_size = launcher.wrap(launcher.compile(self._decoder), varying=2), launcher.mode is None
         self._sizes = sorted(sizes)
         config: Any = decoder.config
         self._codebooks: int = config.num_quantizers
-        self._device = next(decoder.parameters()).device
         self.samples_per_frame = self._decoder.samples_per_frame
         self.sample_rate: int | None = getattr(model, "output_sample_rate", None)
 
@@ -133,15 +129,13 @@ class Codec:
 
     def _decode(self, codes: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """Decode chunks of ``sizes``, padding the last; the padding comes after the codes, so it does not change their samples."""
-        with torch.inference_mode(False):  # whatever mode the caller is in: for tensors of another kind the code would be compiled anew
+        with torch.inference_mode(False):  # whatever mode the caller is in
             waveform = torch.empty(len(codes), self.samples_per_frame, device=self._device)
             start = 0
             for size in sizes:
                 part = codes[start : start + size]
                 chunk = torch.zeros(1, self._codebooks, size, dtype=torch.int64, device=self._device)
                 chunk[0, :, : len(part)] = part.T
-                if size > 1:
-                    torch._dynamo.mark_dynamic(chunk, 2)
                 samples = self._run(chunk).unflatten(1, (size, self.samples_per_frame))
                 waveform[start : start + size] = samples[0, : len(part)]
                 start += size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,25 +52,15 @@ class Engine:
     Args:
         talker: a ``Qwen3TTSTalkerForConditionalGeneration``, or what is built like it.
         max_seq_len: slots of the static cache: prompt and frames together.
-        mode: ``torch.compile``'s mode, or None to run without compiling.
-        backend: ``torch.compile``'s backend.
-        options: ``torch.compile``'s options, beside what the mode stands for.
+        launcher: compiles and runs; None runs without compiling.
     """
 
-    def __init__(
-        self,
-        talker: Any,
-        *,
-        max_seq_len: int = 2048,
-        mode: str | None = "reduce-overhead",
-        backend: str = "qtts",
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, talker: Any, *, max_seq_len: int = 2048, launcher: Launcher | None = None) -> None:
         longest = talker.config.max_position_embeddings
         if not 32 <= max_seq_len <= longest:
             raise ValueError(f"max_seq_len={max_seq_len}: give 32 to {longest}, the positions this model knows")
         self.talker, self.max_seq_len = talker, max_seq_len
-        self._launcher = Launcher(mode, backend, options)
+        self.launcher = launcher or Launcher(next(talker.parameters()).device)
         self._runners: dict[int, Runner] = {}
 
     @property
@@ -94,11 +84,10 @@ class Engine:
             raise ValueError(f"the prompt has {length} tokens, and {fits}: shorten it or raise max_seq_len")
         batch = next(size for size in BATCH_SIZES if size >= rows)
         if batch not in self._runners:
-            self._runners[batch] = Runner(self.talker, batch, self.max_seq_len, self._launcher)
+            self._runners[batch] = Runner(self.talker, batch, self.max_seq_len, self.launcher)
         runner = self._runners[batch]
         inputs = inputs.padded_to(batch, min(padded_length(length), self.max_seq_len))
         runner.state.reset(settings, inputs.mask.argmax(1), torch.tensor([*seeds, *[0] * (batch - rows)]))
-        torch._dynamo.mark_dynamic(inputs.embeds, 1)
         runner.read(inputs.embeds, torch.tensor([length], device=inputs.embeds.device))
         return Speech(runner, inputs, settings, rows, length)
 
@@ -109,8 +98,8 @@ class Runner:
     def __init__(self, talker: Any, batch: int, slots: int, launcher: Launcher) -> None:
         with torch.inference_mode(False):
             self.state = SpeechState(talker, batch, slots)
-            self.read = launcher.wrap(Prompt(talker, self.state))
-            self.speak = launcher.wrap(Frame(talker, self.state))
+            self.read = launcher.wrap(launcher.compile(Prompt(talker, self.state)), varying=1)
+            self.speak = launcher.wrap(Frame(talker, self.state, launcher.compile))
 
 
 class Speech:

@@ -7,12 +7,13 @@ graph of a frame replays without arguments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qtts_compile.cache import StaticKVCache, add_static_buffer
+from qtts_compile.cache import StaticKVCache, add_buffer
 from qtts_compile.kernels.sample import sample
 from qtts_compile.sampling import Settings
 
@@ -49,15 +50,15 @@ class SpeechState(nn.Module):
         self.cache = StaticKVCache(config, batch, slots, dtype, device)
         self.sub_cache = StaticKVCache(config.code_predictor_config, batch, self.groups, dtype, device)
         for name in ("text", "hidden"):
-            add_static_buffer(self, name, (batch, 1, config.hidden_size), dtype, device)
+            add_buffer(self, name, (batch, 1, config.hidden_size), dtype, device)
         for name, shape in {"token": (batch, 1), "codes": (batch, slots, self.groups), "start": (batch,), "seed": (batch,)}.items():
-            add_static_buffer(self, name, shape, torch.long, device)
+            add_buffer(self, name, shape, torch.long, device)
         for name in ("position", "frame", "min_new_tokens"):
-            add_static_buffer(self, name, (1,), torch.long, device)
+            add_buffer(self, name, (1,), torch.long, device)
         for name, rows in {"seen": batch, "suppressed": 1, "ending": 1}.items():
-            add_static_buffer(self, name, (rows, self.vocabulary), torch.bool, device)
+            add_buffer(self, name, (rows, self.vocabulary), torch.bool, device)
         for name in ("controls", "sub_controls"):
-            add_static_buffer(self, name, (5,), torch.float32, device)
+            add_buffer(self, name, (5,), torch.float32, device)
 
     def reset(self, settings: Settings, start: Tensor, seeds: Tensor) -> None:
         """Begin utterances whose prompts have their first token at slot ``start`` ``[B]`` int64, drawn with ``seeds`` ``[B]`` int64."""
@@ -114,24 +115,70 @@ class Prompt(nn.Module):
 
 
 class Frame(nn.Module):
-    """Complete one frame of 16 codes and choose the first code of the next."""
+    """Complete one frame of 16 codes and choose the first code of the next.
+
+    Args:
+        talker: the model.
+        state: the utterances.
+        compile: compiles a part of the frame. The code predictor's pass is one such part, called for each code with that code's own layers, so
+            that 14 equal passes are traced and compiled once.
+    """
 
     slots: Tensor
+    passes: Tensor
 
-    def __init__(self, talker: Any, state: SpeechState) -> None:
+    def __init__(self, talker: Any, state: SpeechState, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda part: part) -> None:
         super().__init__()
         self.talker, self.state = talker, state
-        device = state.token.device
-        self.register_buffer("slots", torch.arange(max(state.slots, state.groups), device=device), persistent=False)
+        slots = torch.arange(max(state.slots, state.groups), device=state.token.device)
+        self.register_buffer("slots", slots, persistent=False)
+        # Each pass's slot lies at an address that is a multiple of 16 bytes, as compiled code wants it, instead of every other.
+        self.register_buffer("passes", slots[: state.groups, None].repeat(1, 2), persistent=False)
+        self._open, self._choose, self._step = compile(self.open), compile(self.choose), compile(self.step)
 
     def forward(self) -> None:
         """Speak one frame while the talker hears ``state.text``."""
+        predictor = self.talker.code_predictor
+        heads, embeddings = predictor.lm_head, predictor.get_input_embeddings()
+        first, code, embed = self._open(heads[0], embeddings[0])
+        codes, embeds = [code], [first, embed]
+        for group in range(2, self.state.groups):
+            code, embed = self._choose(embed, self.passes[group, :1], heads[group - 1], embeddings[group - 1])
+            codes.append(code)
+            embeds.append(embed)
+        self._step(codes, embeds)
+
+    def open(self, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the embedding of the code chosen last, the code after it and that one's embedding."""
+        first = self.talker.get_input_embeddings()(self.state.token)
+        return first, *self.choose(torch.cat((self.state.hidden, first), 1), self.slots[:2], head, embedding)
+
+    def choose(self, inputs: Tensor, positions: Tensor, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor]:
+        """Choose a code ``[B, 1]``, and return it and its embedding ``[B, 1, H]``.
+
+        ``inputs`` ``[B, T, H]`` go to the slots ``positions`` ``[T]`` of the predictor's cache, of which the last is the code's number.
+        """
+        predictor, state = self.talker.code_predictor, self.state
+        hidden = predictor.model(
+            inputs_embeds=predictor.small_to_mtp_projection(inputs),
+            attention_mask=(self.slots[: state.groups] <= positions[:, None])[None, None],
+            position_ids=positions[None],
+            past_key_values=state.sub_cache.step(positions),
+            cache_position=positions,
+            use_cache=True,
+        ).last_hidden_state
+        draw = state.frame * state.groups + positions[-1:]
+        code = sample(head(hidden[:, -1]), state.sub_controls, state.seed, draw)[:, None]
+        return code, embedding(code)
+
+    def step(self, codes: list[Tensor], embeds: list[Tensor]) -> None:
+        """Store the frame's ``codes``, of which the talker chose the first, and let the talker hear the sum of all their embeddings."""
         talker, state = self.talker, self.state
-        embeds = self._complete(talker.code_predictor, talker.get_input_embeddings()(state.token))
+        state.codes.index_copy_(1, state.frame, torch.cat([state.token, *codes], 1)[:, None])
         position, slots = state.position, self.slots[: state.slots]
         mask = (slots <= position) & (slots >= state.start[:, None])
         hidden = talker.model(
-            inputs_embeds=embeds.sum(1, keepdim=True) + state.text,
+            inputs_embeds=torch.cat(embeds, 1).sum(1, keepdim=True) + state.text,
             attention_mask=mask[:, None, None],
             position_ids=(position - state.start)[:, None].expand(3, -1, -1),
             past_key_values=state.cache.step(position),
@@ -143,25 +190,3 @@ class Frame(nn.Module):
         state.position.add_(1)
         state.hidden.copy_(hidden)
         state.choose(logits, state.frame)
-
-    def _complete(self, predictor: Any, first: Tensor) -> Tensor:
-        """Choose the frame's codes after the first, store all of them, and return their embeddings ``[B, groups, H]``."""
-        state = self.state
-        slots = self.slots[: state.groups]
-        codes, embeds, inputs = [state.token], [first], torch.cat((state.hidden, first), 1)
-        for group in range(1, state.groups):
-            positions = slots[:2] if group == 1 else slots[group : group + 1]
-            hidden = predictor.model(
-                inputs_embeds=predictor.small_to_mtp_projection(inputs),
-                attention_mask=(slots <= positions[:, None])[None, None],
-                position_ids=positions[None],
-                past_key_values=state.sub_cache.step(positions),
-                cache_position=positions,
-                use_cache=True,
-            ).last_hidden_state
-            draw = state.frame * state.groups + group
-            codes.append(sample(predictor.lm_head[group - 1](hidden[:, -1]), state.sub_controls, state.seed, draw)[:, None])
-            inputs = predictor.get_input_embeddings()[group - 1](codes[-1])
-            embeds.append(inputs)
-        state.codes.index_copy_(1, state.frame, torch.cat(codes, 1)[:, None])
-        return torch.cat(embeds, 1)

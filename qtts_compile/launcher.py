@@ -1,76 +1,117 @@
-"""Compile modules once and launch them often, from any thread."""
+"""Compile functions once, record what they launch as CUDA graphs, and replay it often, from any thread."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-RECOMPILE_LIMIT = 256  # every instance of a module compiles the same code for its own buffers
+RECOMPILE_LIMIT = 256  # every size of batch and state compiles the same code anew
+_recording = threading.Lock()  # CUDA records one graph at a time in a process
 
 
 class Launcher:
-    """Wraps modules so that they run compiled, one launch at a time.
+    """Runs what is made of compiled functions, one launch at a time.
 
-    torch keeps the recordings of CUDA graphs apart for each thread, and fails or records again in a thread that is new to it. A launcher brings
-    its own set to whichever thread launches, so that a server's worker threads share them, and other compiled code in the process is left alone.
+    A mode of ``torch.compile`` that records CUDA graphs is taken to mean one graph for all that a launch does, however many compiled functions
+    it calls and how often: what repeats is compiled once. The functions are compiled without graphs of their own. All graphs share their memory.
 
     Args:
-        mode: ``torch.compile``'s mode, or None to run modules as they are.
+        device: where everything runs.
+        mode: ``torch.compile``'s mode, or None to run functions as they are.
         backend: ``torch.compile``'s backend.
         options: ``torch.compile``'s options, beside what the mode stands for.
+
+    Attributes:
+        records: whether it records CUDA graphs.
+        recordings: CUDA graphs recorded so far.
+        runs: launches so far that no CUDA graph made.
     """
 
-    def __init__(self, mode: str | None, backend: str = "qtts", options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, device: torch.device, mode: str | None = None, backend: str = "qtts", options: Mapping[str, Any] | None = None) -> None:
         if mode is None and options:
             raise ValueError(f"options={dict(options)} are for torch.compile and mode=None does not compile: name a mode")
         self.mode, self.backend = mode, backend
         # torch.compile takes a mode or options, not both.
         self.options = {} if mode is None else {**torch._inductor.list_mode_options(mode), **(options or {})}
+        self.records = bool(self.options.pop("triton.cudagraphs", False))
+        self.recordings = self.runs = 0
+        self._device = device
         self._lock = threading.RLock()
-        self._prepared = threading.local()
-        self._graphs = {"tree_manager_containers": {}, "tree_manager_locks": defaultdict(threading.Lock)}
+        self._pool = torch.cuda.graph_pool_handle() if self.records else None
+        self._stream = torch.cuda.Stream(device) if self.records else None
 
-    def wrap(self, module: nn.Module) -> Callable[..., Any]:
-        """Return a callable that runs ``module`` compiled as one graph, in inference mode. The first call with new shapes compiles."""
-        if self.mode is None:
-            return torch.inference_mode()(module.__call__)
-        compiled = torch.compile(module, backend=self.backend, fullgraph=True, options=self.options)
-        resident = next(itertools.chain(module.buffers(), module.parameters()))
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` compiled as one graph, to be called in what :meth:`wrap` is given."""
+        return function if self.mode is None else torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False, options=self.options)
 
-        @functools.wraps(module.forward)
-        def launch(*args: Any) -> Any:
-            with self._own_graphs(), torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                with torch.inference_mode(), torch.cuda.device_of(resident):
-                    self._prepare_thread(resident.device)
-                    return compiled(*args)
+    def wrap(self, run: Callable[..., Any], varying: int | None = None) -> Callable[..., Any]:
+        """Return a callable that does ``run`` in inference mode.
+
+        Where CUDA graphs are recorded, the first call with new shapes runs and compiles, the second records and replays, and the later ones replay;
+        the result lies in memory that the next launch may overwrite.
+
+        Args:
+            run: takes tensors.
+            varying: dimension of its first argument that is compiled once for all sizes above 1.
+        """
+        known: dict[tuple[torch.Size, ...], _Recording] = {}
+
+        @functools.wraps(run)
+        def launch(*args: Tensor) -> Any:
+            with self._lock, torch.inference_mode(), self._on_device():
+                if not self.records:
+                    return self._run(run, args, varying)
+                shapes = tuple(arg.shape for arg in args)
+                if shapes in known:
+                    return self._replay(known[shapes], run, args)
+                recording = _Recording(tuple(arg.clone() for arg in args))
+                result = self._run(run, recording.inputs, varying)
+                known[shapes] = recording
+                return result
 
         return launch
 
-    def _prepare_thread(self, device: torch.device) -> None:
-        """Make cuBLAS and cuDNN set up what they keep for each thread, which they cannot while a CUDA graph is recorded."""
-        if device.type == "cuda" and str(device) not in vars(self._prepared):
-            torch.cuda.current_blas_handle()
-            torch.conv1d(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, 1, device=device))
-            vars(self._prepared)[str(device)] = True
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def _own_graphs(self) -> Iterator[None]:
-        from torch._inductor import cudagraph_trees
+    def _run(self, run: Callable[..., Any], args: tuple[Tensor, ...], varying: int | None) -> Any:
+        if varying is not None and self.mode is not None and args[0].shape[varying] > 1:
+            torch._dynamo.mark_dynamic(args[0], varying)
+        self.runs += 1
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return run(*args)
 
-        local = cudagraph_trees.local
-        with self._lock:
-            before = {name: getattr(local, name, None) for name in self._graphs}
-            vars(local).update(self._graphs)
-            try:
-                yield
-            finally:
-                for name, value in before.items():
-                    setattr(local, name, value) if value is not None else delattr(local, name)
+    def _replay(self, recording: _Recording, run: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
+        for kept, given in zip(recording.inputs, args):
+            kept.copy_(given)
+        if recording.graph is None:
+            _prepare_thread(self._device)
+            graph = torch.cuda.CUDAGraph()
+            with _recording, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                recording.result = run(*recording.inputs)
+            recording.graph = graph
+            self.recordings += 1
+        recording.graph.replay()
+        return recording.result
+
+
+@dataclass
+class _Recording:
+    """A CUDA graph, once it is recorded, and the memory that it reads its arguments from and leaves its result in."""
+
+    inputs: tuple[Tensor, ...]
+    graph: torch.cuda.CUDAGraph | None = None
+    result: Any = None
+
+
+def _prepare_thread(device: torch.device) -> None:
+    """Make cuBLAS and cuDNN set up what they keep for each thread, which they cannot while a CUDA graph is recorded."""
+    torch.cuda.current_blas_handle()
+    torch.conv1d(torch.zeros(1, 1, 1, device=device), torch.zeros(1, 1, 1, device=device))

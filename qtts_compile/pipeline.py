@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtts_compile.codec import Codec
 from qtts_compile.engine import Engine, PromptInputs, Speech
+from qtts_compile.launcher import Launcher
 from qtts_compile.options import MODES
 from qtts_compile.prompts import check_texts, read_call
 from qtts_compile.stats import Clock, Stats
@@ -45,8 +46,9 @@ class Pipeline:
         self.model, self.chunk_frames = model, tuple(chunk_frames)
         self.device = next(talker.parameters()).device
         self.mode = _mode(mode, options, self.device)
-        self.engine = Engine(talker, max_seq_len=max_seq_len, mode=self.mode, backend=backend, options=options)
-        self.codec = Codec(model.model.speech_tokenizer.model, mode=self.mode, backend=backend, options=options)
+        launcher = Launcher(self.device, self.mode, backend, options)
+        self.engine = Engine(talker, max_seq_len=max_seq_len, launcher=launcher)
+        self.codec = Codec(model.model.speech_tokenizer.model, launcher=launcher)
         self.sample_rate: int = model.model.speech_tokenizer.get_output_sample_rate()
         self.stats: Stats | None = None
         self._speaking = threading.Lock()

@@ -16,9 +16,11 @@ from qtts_compile import collect, demo_model
 from qtts_compile.codec import Codec
 from qtts_compile.demo_config import codec_config
 from qtts_compile.environment import import_qwen_tts
+from qtts_compile.launcher import Launcher
 from qtts_compile.streaming_decoder import Stateful, StreamingDecoder
 
 QUANTIZERS = 3
+CPU = torch.device("cpu")
 SMALL = {
     "num_quantizers": QUANTIZERS,
     "codebook_size": 64,
@@ -248,7 +250,7 @@ def launched_sizes(codec, call):
 def test_few_launches():
     model = build("smallest")
     torch._dynamo.reset()
-    compiled, plain = Codec(model, mode="default", backend="eager"), Codec(model)
+    compiled, plain = Codec(model, launcher=Launcher(CPU, "default", "eager")), Codec(model)
     codes = codes_of(model, 150)[0].T
 
     def sizes(codec, frames, how):
@@ -272,7 +274,7 @@ def test_two_graphs_serve_every_size_and_gradient_mode():
     torch._dynamo.reset()
     counters.clear()
     with collect() as report:
-        codec = Codec(model, mode="default", options={"executor": "eager"})
+        codec = Codec(model, launcher=Launcher(CPU, "default", options={"executor": "eager"}))
         with torch.inference_mode():
             close(push(codec, rows, [1, 2, 3, 9, 1, 16]), expected)
         close(codec.decode(rows[5:], context=rows[:5]), expected[5 * codec.samples_per_frame :])
@@ -286,7 +288,7 @@ def test_generated_code_computes_the_same(backend):
     codes = codes_of(model, 28)
     expected = whole(model, codes)[0]
     torch._dynamo.reset()
-    codec = Codec(model, mode="default", backend=backend, sizes=(1, 2, 8))
+    codec = Codec(model, launcher=Launcher(CPU, "default", backend), sizes=(1, 2, 8))
     close(push(codec, codes[0].T, [2, 12, 4, 10]), expected)
     close(codec.decode(codes[0].T), expected)
 
@@ -383,7 +385,7 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match="1 among them"):
             Codec(model, sizes=sizes)
     with pytest.raises(ValueError, match="name a mode"):
-        Codec(model, options={"strict": True})
+        Launcher(CPU, options={"strict": True})
     with pytest.raises(ValueError, match="batch=0"):
         StreamingDecoder(model.decoder, batch=0)
     for wrong in (codes, codes_of(model, 4, batch=2)):

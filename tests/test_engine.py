@@ -10,8 +10,11 @@ from rewriting import expected_kernels, kernels
 
 from qtts_compile import collect
 from qtts_compile.engine import Engine, PromptInputs, padded_length
+from qtts_compile.frame import Frame, SpeechState
+from qtts_compile.launcher import Launcher
 from qtts_compile.sampling import Settings
 
+CPU = torch.device("cpu")
 SUPPRESSED = [token for token in range(CODES, 2 * CODES) if token != END_OF_SPEECH]
 
 
@@ -42,7 +45,7 @@ def talker(request):
 
 @pytest.fixture(scope="module")
 def engine(talker):
-    return Engine(talker, max_seq_len=128, mode=None)
+    return Engine(talker, max_seq_len=128)
 
 
 @pytest.mark.parametrize("lengths", [[9], [16], [2], [17, 3], [5, 9, 7]], ids=str)
@@ -99,7 +102,7 @@ def test_rows_end_where_generate_ends_them(ending):
     expected = generate_codes(ending, frames, lengths, min_new_tokens=2, repetition_penalty=1.0)
     stops = [next((i for i, code in enumerate(row[:, 0].tolist()) if code == END_OF_SPEECH), frames) for row in expected]
     assert len(set(stops)) > 1 and min(stops) < frames
-    engine = Engine(ending, max_seq_len=128, mode=None)
+    engine = Engine(ending, max_seq_len=128)
     speech = speak(engine, prompt(ending, lengths, frames), settings(max_new_tokens=frames + 1, min_new_tokens=2, repetition_penalty=1.0))
     assert speech.lengths == [min(stop, speech.frames) for stop in stops]
     for row, stop in enumerate(stops):
@@ -108,7 +111,7 @@ def test_rows_end_where_generate_ends_them(ending):
 
 
 def test_speech_ends_without_a_frame_more(ending):
-    engine = Engine(ending, max_seq_len=128, mode=None)
+    engine = Engine(ending, max_seq_len=128)
     alone = speak(engine, prompt(ending, [5]), settings(repetition_penalty=1.0, max_new_tokens=100, min_new_tokens=2))
     assert alone.end_reasons == ["end of speech"] and 2 <= alone.frames < 99
     assert END_OF_SPEECH not in alone.codes[0, :, 0]
@@ -116,7 +119,7 @@ def test_speech_ends_without_a_frame_more(ending):
 
 
 def test_min_new_tokens_holds_the_end_back(ending):
-    engine = Engine(ending, max_seq_len=128, mode=None)
+    engine = Engine(ending, max_seq_len=128)
     wanted = dict(repetition_penalty=1.0, max_new_tokens=60)
     free = speak(engine, prompt(ending, [5]), settings(**wanted, min_new_tokens=2)).frames
     held = speak(engine, prompt(ending, [5]), settings(**wanted, min_new_tokens=free + 5)).frames
@@ -124,7 +127,7 @@ def test_min_new_tokens_holds_the_end_back(ending):
 
 
 def test_speech_stops_where_the_cache_is_full(talker):
-    engine = Engine(talker, max_seq_len=32, mode=None)
+    engine = Engine(talker, max_seq_len=32)
     speech = speak(engine, prompt(talker, [9, 20]), settings(max_new_tokens=1000, min_new_tokens=1000))
     assert speech.frames == 12 and speech.end_reasons == ["max_seq_len"] * 2
     expected = generate_codes(talker, 12, [9, 20], repetition_penalty=1.0)
@@ -133,7 +136,7 @@ def test_speech_stops_where_the_cache_is_full(talker):
 
 
 def test_a_prompt_that_fills_the_cache_is_refused(talker):
-    engine = Engine(talker, max_seq_len=32, mode=None)
+    engine = Engine(talker, max_seq_len=32)
     with pytest.raises(ValueError, match="32 tokens.*fits 31"):
         engine.start(prompt(talker, [32]), settings(), [0])
     assert speak(engine, prompt(talker, [31]), settings()).frames == 1
@@ -163,8 +166,6 @@ def test_wrong_calls_are_refused(talker, engine):
         engine.start(prompt(talker, [9]), settings(), [0, 1])
     with pytest.raises(ValueError, match="max_seq_len=8"):
         Engine(talker, max_seq_len=8)
-    with pytest.raises(ValueError, match="mode=None"):
-        Engine(talker, mode=None, options={"strict": True})
 
 
 def test_padded_lengths():
@@ -174,23 +175,33 @@ def test_padded_lengths():
 
 
 @pytest.mark.parametrize(("lengths", "size"), [([9], "1.7b"), ([9, 5], "0.6b")], ids=str)
-def test_a_frame_is_one_rewritten_graph(lengths, size):
+def test_what_a_frame_calls_is_rewritten_once(lengths, size):
     talker = build_talker(size)
-    engine = Engine(talker, max_seq_len=64, mode="default", options={"executor": "eager", "strict": True})
+    engine = Engine(talker, max_seq_len=64, launcher=Launcher(CPU, "default", options={"executor": "eager", "strict": True}))
     torch.compiler.reset()
     with collect() as report:
         compiled = speak(engine, prompt(talker, lengths), settings(repetition_penalty=1.0)).codes.clone()
         other = speak(engine, prompt(talker, [length + 9 for length in lengths]), settings()).codes.clone()
     assert torch.equal(compiled, generate_codes(talker, 32, lengths, repetition_penalty=1.0))
-    assert torch.equal(other, speak(Engine(talker, max_seq_len=64, mode=None), prompt(talker, [n + 9 for n in lengths]), settings()).codes)
-    read, frame = report.graphs  # one for prompts of any length, one for frames
+    assert torch.equal(other, speak(Engine(talker, max_seq_len=64), prompt(talker, [n + 9 for n in lengths]), settings()).codes)
+    read, first, later, step = report.graphs  # prompts of any length, the predictor's pass over two tokens, its 14 over one, and the talker's step
     assert report.graph_breaks == [] and report.refusals == []
-    assert kernels(read) == expected_kernels(case(f"talker-{size}"), "prefill", "static", rows=None) + Counter(norm_linears=1)  # the head
-    rows, predictor, stack = len(lengths), case("predictor"), case(f"talker-{size}")
-    passes = [expected_kernels(predictor, "decode", "static", rows * tokens) for tokens in (2, *[1] * 14)]
-    heads = Counter(norm_linears=15 + 1 + 15 * (size == "1.7b"))  # and the projections of the talker's width to the predictor's
-    alone = Counter(rms_norm=14)  # the final norms of passes over one token go into the heads
-    assert kernels(frame) == sum(passes, expected_kernels(stack, "decode", "static", rows)) + heads - alone
+    predictor, stack = case("predictor"), case(f"talker-{size}")
+    assert kernels(read) == expected_kernels(stack, "prefill", "static", rows=None) + Counter(norm_linears=1)  # the head
+    rows, heads = len(lengths), Counter(norm_linears=1 + (size == "1.7b"))  # and the projection of the talker's width to the predictor's
+    assert kernels(first) == expected_kernels(predictor, "decode", "static", 2 * rows) + heads
+    # The final norm of a pass over one token goes into the head.
+    assert kernels(later) == expected_kernels(predictor, "decode", "static", rows) + heads - Counter(rms_norm=1)
+    assert kernels(step) == expected_kernels(stack, "decode", "static", rows) + Counter(norm_linears=1)
+
+
+def test_a_frame_can_be_compiled_as_one_function():
+    talker = build_talker("0.6b")
+    torch.compiler.reset()
+    frame = Frame(talker, SpeechState(talker, 1, 32))
+    with collect() as report, torch.inference_mode():
+        torch.compile(frame, backend="qtts", fullgraph=True, options={"executor": "eager", "strict": True})()
+    assert len(report.graphs) == 1 and report.lifted["attention"] == 15 * case("predictor").layers + case("talker-0.6b").layers
 
 
 def test_wrong_settings_are_named():

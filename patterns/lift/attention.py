@@ -1,7 +1,7 @@
-"""Grouped-query attention of one token: repeat_kv and scaled_dot_product_attention become one kernel that reads each key once.
+"""Grouped-query attention of a few tokens: repeat_kv and scaled_dot_product_attention become one kernel that reads each key once.
 
 PyTorch turns scaled_dot_product_attention into another operator per device, dtype and mask, so the pattern is traced at the shapes of each
-attention found in the graph. Prompts (more than one query token) keep PyTorch's attention.
+attention found in the graph. Prompts, whose tokens share what is read of the keys, keep PyTorch's attention.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from qtts_compile.patterns.matching import Example, Match, Pattern
 from qtts_compile.patterns.tracing import TensorSpec
 
 SCALE = 0.3125
+MAX_TOKENS = 2
 
 
 def _search(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, scale: float) -> torch.Tensor:
@@ -39,7 +40,11 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def _signature(node: fx.Node) -> bool:
-    return is_attention(node) and shape(node.args[0])[2] == 1
+    return is_attention(node) and _is_few(shape(node.args[0])[2])
+
+
+def _is_few(tokens: int | torch.SymInt) -> bool:
+    return isinstance(tokens, int) and tokens <= MAX_TOKENS
 
 
 def _examples(graph: fx.Graph) -> Iterator[Example]:
@@ -66,7 +71,9 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
 
 
 def _check(match: Match) -> str | None:
-    k, v = (shape(n) for n in match.inputs[1:3])
+    q, k, v = (shape(n) for n in match.inputs[:3])
+    if not _is_few(q[2]):
+        return f"{q[2]} query tokens, more than {MAX_TOKENS}"
     if k != v:
         return f"keys {k} and values {v} differ in shape"
     return None

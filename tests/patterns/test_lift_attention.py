@@ -1,4 +1,4 @@
-"""Grouped-query attention of one token: masks, groups and scales that are recognised, and attention of other kinds."""
+"""Grouped-query attention of a few tokens: masks, groups and scales that are recognised, and attention of other kinds."""
 
 import pytest
 import torch
@@ -86,6 +86,12 @@ def test_enable_gqa_matches(heads):
     report, graphs = rewritten(lambda *qkvm: function(*qkvm, scale=0.25, enable_gqa=True), *inputs(heads), mask)
     assert kernels(report) == {"attention": 1}
     assert count(graphs.rewritten, "clone", "expand") == 0
+
+
+def test_two_tokens_match():
+    report, graphs = rewritten(attention, *inputs(tokens=2), bool_mask(2, 1, 2, SLOTS))
+    assert kernels(report) == {"attention": 1} and report.refusals == []
+    assert count(graphs.rewritten, "scaled_dot_product", "expand") == 0
 
 
 def test_a_prompt_keeps_pytorch_s_attention_without_a_refusal():
