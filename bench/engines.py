@@ -26,12 +26,13 @@ def engine(run: Run, size: models.Size = "1.7b", backend: str = "qtts", batch: i
     tts = TTS(model, mode=run.mode, backend=backend, max_seq_len=slots)
     lengths = [PROMPT - 3 * (row % 8) for row in range(batch)]
     compile_frames(run, tts.engine, lengths)
+    used = memory("frames")  # before the checks, in which the eager model runs
     if audio:
         with run.row("warmup") as row:
             row["figures"] = timed_compile(tts.warmup)
     if run.compile_only:
         return
-    take_memory(run, tts, audio)  # before the checks, in which the eager model runs
+    enter_memory(run, tts, used, audio)
     time_frames(run, tts.engine, lengths)
     if batch == 1:
         time_frames(run, tts.engine, [slots - PROMPT - run.frames])
@@ -100,10 +101,10 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
         row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
 
 
-def take_memory(run: Run, tts: TTS, audio: bool) -> None:
-    """Report the peak of memory so far, and with ``audio`` the one after as many frames as the cache holds are decoded."""
+def enter_memory(run: Run, tts: TTS, used: dict[str, Any], audio: bool) -> None:
+    """Report the peak of memory that frames ``used``, and with ``audio`` the one after as many frames as the cache holds are decoded."""
     with run.row("memory") as row:
-        row["figures"] = memory("frames")
+        row["figures"] = used
         if audio:
             frames = tts.engine.max_seq_len - PROMPT
             tts.codec.decode(torch.zeros(frames, 16, dtype=torch.long, device=run.device))

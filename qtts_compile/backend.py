@@ -22,6 +22,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
 from qtts_compile.autograd_cache import inductors_own_cache, settings, storable
 from qtts_compile.kernels.library import register_lowerings
@@ -47,6 +48,8 @@ def qtts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     """
     parsed = Options.parse(mode, options)
     register_lowerings()
+    # Inductor does so when it compiles a kernel. Where it finds all in its cache, ours would go through another ptxas, which their cache lacks.
+    _set_triton_ptxas_path()
     # Padded products, which Inductor chooses by timing them, would make what is rewritten a matter of chance.
     patches = {"shape_padding": False, **parsed.config_patches()}
     cache, keys = settings(gm, example_inputs, parsed, missing_compiler())
