@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import models
-from bench.engines import timed_compile
+from bench.engines import enter_launches, timed_compile
 from bench.hearing import WrongAudio, relative_error
 from bench.timing import repeated
 from bench.worker import Run
@@ -25,7 +25,8 @@ def decoder(run: Run) -> None:
     """Compile, check and time the decoder."""
     tokenizer = models.build("tiny" if run.tiny else "1.7b", run.device, run.dtype).model.speech_tokenizer.model
     codes = torch.randint(0, 2048, (WHOLE, 16), generator=torch.Generator().manual_seed(0)).to(run.device)
-    codec = Codec(tokenizer, launcher=Launcher(codes.device, run.mode))
+    launcher = Launcher(codes.device, run.mode)
+    codec = Codec(tokenizer, launcher=launcher)
 
     def first_calls() -> None:
         for _ in range(3):  # CUDA graphs: one call to warm up, one to record, one to replay
@@ -37,7 +38,7 @@ def decoder(run: Run) -> None:
         row["figures"] = timed_compile(first_calls)
     if run.compile_only:
         return
-    original = tokenizer.decoder
+    original, unrecorded = tokenizer.decoder, launcher.runs
     with run.row(f"whole decode of {WHOLE} frames") as row:
         row["check"] = check_audio(original, codes, codec.decode(codes))
         row["figures"] = {"Codec.decode": repeated(lambda: codec.decode(codes), 20)}
@@ -46,6 +47,7 @@ def decoder(run: Run) -> None:
         codec.reset()
         row["check"] = check_audio(original, codes[: sum(CHUNKS)], torch.cat([codec.push(chunk) for chunk in codes[: sum(CHUNKS)].split(CHUNKS)]))
         row["figures"] = {f"frames: {chunk}": repeated(lambda chunk=chunk: codec.push(codes[:chunk]), 20) for chunk in CHUNKS}
+        enter_launches(row, launcher, unrecorded)
         row["figures"][f"original decoder, 1 and {CONTEXT} before"] = repeated(lambda: original(codes[: CONTEXT + 1].T[None]), 10)
 
 

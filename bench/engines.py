@@ -16,6 +16,7 @@ from bench.task import CHECKED_FRAMES, PROMPT, Task, agreement, check, enter_spe
 from bench.timing import COMPILE, SKIPS, figure, forget_memory_peak, memory, milliseconds, repeated, synchronize, write_kernels
 from bench.worker import Run
 from qtts_compile.engine import Engine
+from qtts_compile.launcher import Launcher
 from qtts_compile.tts import TTS
 
 
@@ -96,9 +97,14 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
             if speech.frames != run.frames:
                 raise RuntimeError(f"{speech.frames} frames were made instead of {run.frames}")
         enter_speed(row, times, batch)
-        if engine.launcher.records:
-            row["figures"][SKIPS] = figure(engine.launcher.runs - unrecorded, "")
+        enter_launches(row, engine.launcher, unrecorded)
         row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
+
+
+def enter_launches(row: dict[str, Any], launcher: Launcher, before: int) -> None:
+    """Enter how many launches no CUDA graph made since their number was ``before``, where CUDA graphs are recorded."""
+    if launcher.records:
+        row["figures"][SKIPS] = figure(launcher.runs - before, "")
 
 
 def enter_memory(run: Run, tts: TTS, used: dict[str, Any], audio: bool) -> None:

@@ -4,18 +4,21 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 import bench.speech
 from bench.decoder import check_audio, decoder
+from bench.engines import enter_launches
 from bench.hearing import WrongAudio
 from bench.jobs import JOBS, chosen
 from bench.models import build, parameters
 from bench.speech import arguments_of, main, table
 from bench.task import CHECKED_FRAMES, Task, WrongCodes, agreement, check, generate
-from bench.timing import figure
+from bench.timing import SKIPS, figure
 from bench.worker import Run
 
 
@@ -127,6 +130,13 @@ def test_an_exception_ends_its_row_alone(run, capsys):
     assert second["figures"]["time"] == {"unit": "ms", "median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}
     printed = capsys.readouterr().out
     assert "tried, first: FAILED ValueError: of two lines" in printed and "tried, second: time 2.00 (1.00 to 3.00) ms" in printed
+
+
+def test_launches_without_a_cuda_graph_are_entered_where_graphs_are_recorded():
+    rows = [{"figures": {}}, {"figures": {}}]
+    for row, records in zip(rows, (True, False)):
+        enter_launches(row, cast(Any, SimpleNamespace(records=records, runs=5)), 3)
+    assert [row["figures"] for row in rows] == [{SKIPS: figure(2, "")}, {}]
 
 
 def test_decoder_rows_are_checked_and_timed(run):
