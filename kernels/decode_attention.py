@@ -20,6 +20,7 @@ from qtts_compile.kernels.flash_decoding import (
     load_biases,
     load_tile,
     locate_rows,
+    look_ahead,
     mask_strides,
     no_keys_yet,
     plan_launch,
@@ -90,9 +91,10 @@ def check_decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ma
 
 @triton.jit
 def _decode_attention_kernel(
-    Q_ptr, K_ptr, V_ptr, Mask_ptr, Out_ptr, Max_ptr, Sum_ptr, T, H_k, S, scale, q_strides, k_strides, v_strides, mask_strides,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr, IS_ONE_TILE: tl.constexpr, HAS_PDL: tl.constexpr,
+    Q_ptr, K_ptr, V_ptr, Mask_ptr, Out_ptr, Max_ptr, Sum_ptr, H_k, S, scale, q_strides, k_strides, v_strides, mask_strides,
+    T: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK_ROWS: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     place = locate_rows(T, H_k, GROUP, BLOCK_M)
@@ -108,15 +110,16 @@ def _decode_attention_kernel(
     states = no_keys_yet(BLOCK_M, BLOCK_D)
     if IS_ONE_TILE:
         # Keys, values and mask are requested together, to wait for memory once; what the mask excludes may hold anything.
-        keys = tl.arange(0, BLOCK_N)
-        biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, BLOCK_M, FLOOR)
+        keys = tl.arange(0, BLOCK_N).to(tl.int64)
+        biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
         k = load_tile(K_ptr, k_strides[2], keys, keys < S, D, BLOCK_D)
         v = load_tile(V_ptr, v_strides[2], keys, keys < S, D, BLOCK_D)
         states = attend(states, q_rows, k, tl.where(is_attended(biases)[:, None], v, 0.0), biases)
     else:
+        live_bits = look_ahead(0, Mask_ptr, mask_strides, place, S, (), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
         states = attend_cache(
-            states, q_rows, K_ptr, V_ptr, k_strides[2], v_strides[2], Mask_ptr, mask_strides, place, S, (),
-            GROUP, D, BLOCK_M, BLOCK_N, BLOCK_D, N_LOOKS, LOOK_AHEAD, FLOOR,
+            states, q_rows, live_bits, K_ptr, V_ptr, k_strides[2], v_strides[2], Mask_ptr, mask_strides, place, S, (),
+            GROUP, D, MASK_ROWS, BLOCK_N, BLOCK_D, N_LOOKS, LOOK_AHEAD, FLOOR,
         )  # fmt: skip
     store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, BLOCK_D)
 
@@ -134,7 +137,7 @@ def decode_attention_triton(
     grid, options = plan_launch(q, k, mask, n_splits, block_n, num_warps)
     partials = Partials.empty(out, grid[1])
     _decode_attention_kernel[grid](
-        q, k, v, mask, *partials, q.shape[2], k.shape[1], k.shape[2], scale,
+        q, k, v, mask, *partials, k.shape[1], k.shape[2], scale,
         q.stride(), k.stride(), v.stride(), mask_strides(mask), **options,
     )  # fmt: skip
     return partials.combine(out)

@@ -47,10 +47,13 @@ def is_row(place, m, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_biases(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, FLOOR: tl.constexpr):
-    """Return for each row what the mask adds to the scores of ``keys``, in float32: -inf for an excluded key and out of bounds."""
+def load_biases(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
+    """Return what the mask adds to the scores of ``keys``, in float32: -inf for an excluded key and out of bounds.
+
+    A program's rows have ``MASK_ROWS`` different biases, in turns.
+    """
     biases = ()
-    for m in tl.static_range(BLOCK_M):
+    for m in tl.static_range(MASK_ROWS):
         if Mask_ptr is None:
             bias = tl.where(in_bounds, 0.0, float("-inf"))
         else:
@@ -91,7 +94,8 @@ def attend(states, q_rows, k, v, biases):
     for m in tl.static_range(len(q_rows)):
         row_max, row_sum, out = states[m]
         scores = tl.sum(q_rows[m][None, :] * k.to(tl.float32), axis=1)
-        scores = tl.where(biases[m] == float("-inf"), float("-inf"), scores + biases[m] * LOG2_E)
+        bias = biases[m % len(biases)]
+        scores = tl.where(bias == float("-inf"), float("-inf"), scores + bias * LOG2_E)
         new_max = tl.maximum(row_max, tl.max(scores, axis=0))
         # A row without a live key so far has no maximum to subtract: inf - inf would be NaN.
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -103,40 +107,27 @@ def attend(states, q_rows, k, v, biases):
 
 
 @triton.jit
+def attend_key(states, q_rows, k, v, biases):
+    """Add one key ``[BLOCK_D]``, with a scalar bias for each row, to the states of the query rows."""
+    new_states = ()
+    for m in tl.static_range(len(q_rows)):
+        row_max, row_sum, out = states[m]
+        score = tl.sum(q_rows[m] * k.to(tl.float32), axis=0)
+        bias = biases[m % len(biases)]
+        score = tl.where(bias == float("-inf"), float("-inf"), score + bias * LOG2_E)
+        new_max = tl.maximum(row_max, score)
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(row_max - origin)
+        weight = tl.exp2(score - origin)
+        new_states = new_states + ((new_max, row_sum * rescale + weight, out * rescale + weight * v.to(tl.float32)),)
+    return new_states
+
+
+@triton.jit
 def load_tile(X_ptr, stride_s, keys, readable, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Load keys or values ``[N, BLOCK_D]`` of the head that begins at ``X_ptr``, zero where they are not readable."""
     columns = tl.arange(0, BLOCK_D)
     return tl.load(X_ptr + keys[:, None] * stride_s + columns[None, :], mask=readable[:, None] & (columns < D)[None, :], other=0.0)
-
-
-@triton.jit
-def attend_cache(
-    states, q_rows, K_ptr, V_ptr, k_stride_s, v_stride_s, Mask_ptr, mask_strides, place, S, skipped,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
-):  # fmt: skip
-    """Add the tiles of keys ``split, split + n_splits, ...`` of one head to the states, but for the rows of the cache in ``skipped``.
-
-    Neighbouring tiles go to different splits, so that a short filled prefix of a long cache still spreads over the whole GPU.
-    """
-    split, n_splits = tl.program_id(1), tl.num_programs(1)
-    ahead = tl.arange(0, LOOK_AHEAD)
-    in_tile = tl.arange(0, BLOCK_N)
-    for look in range(N_LOOKS):
-        # One look at the mask of several tiles costs one memory latency instead of one per excluded tile.
-        tiles = split + (look * LOOK_AHEAD + ahead) * n_splits
-        keys = tiles.to(tl.int64)[:, None] * BLOCK_N + in_tile[None, :]
-        biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, BLOCK_M, FLOOR)
-        live_bits = tl.sum(tl.max(is_attended(biases).to(tl.int32), axis=1) << ahead, axis=0)
-        for i in range(LOOK_AHEAD):
-            if (live_bits >> i) & 1:
-                keys = (split + (look * LOOK_AHEAD + i) * n_splits).to(tl.int64) * BLOCK_N + in_tile
-                biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, BLOCK_M, FLOOR)
-                readable = is_attended(biases)
-                k = load_tile(K_ptr, k_stride_s, keys, readable, D, BLOCK_D)
-                v = load_tile(V_ptr, v_stride_s, keys, readable, D, BLOCK_D)
-                states = attend(states, q_rows, k, v, biases)
-    return states
 
 
 @triton.jit
@@ -146,6 +137,48 @@ def is_old_key(keys, S, skipped):
     for t in tl.static_range(len(skipped)):
         is_old = is_old & (keys != skipped[t])
     return is_old
+
+
+@triton.jit
+def look_ahead(
+    look, Mask_ptr, mask_strides, place, S, skipped,
+    GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Return a bit for each of the next ``LOOK_AHEAD`` tiles of this split: whether a row attends to one of its keys."""
+    # One look at the mask of several tiles costs one memory latency instead of one per excluded tile.
+    ahead = tl.arange(0, LOOK_AHEAD)
+    tiles = tl.program_id(1) + (look * LOOK_AHEAD + ahead) * tl.num_programs(1)
+    keys = tiles.to(tl.int64)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, MASK_ROWS, FLOOR)
+    return tl.sum(tl.max(is_attended(biases).to(tl.int32), axis=1) << ahead, axis=0)
+
+
+@triton.jit
+def attend_cache(
+    states, q_rows, live_bits, K_ptr, V_ptr, k_stride_s, v_stride_s, Mask_ptr, mask_strides, place, S, skipped,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles of keys ``split, split + n_splits, ...`` of one head to the states, but for the rows of the cache in ``skipped``.
+
+    ``live_bits`` is the first look ahead. Neighbouring tiles go to different splits, so that a short filled prefix of a long cache still spreads
+    over the whole GPU.
+    """
+    for look in range(N_LOOKS):
+        next_bits = 0
+        if N_LOOKS > 1:
+            next_bits = look_ahead(look + 1, Mask_ptr, mask_strides, place, S, skipped, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        for i in range(LOOK_AHEAD):
+            if (live_bits >> i) & 1:
+                tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * tl.num_programs(1)
+                keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+                biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, MASK_ROWS, FLOOR)
+                readable = is_attended(biases)
+                k = load_tile(K_ptr, k_stride_s, keys, readable, D, BLOCK_D)
+                v = load_tile(V_ptr, v_stride_s, keys, readable, D, BLOCK_D)
+                states = attend(states, q_rows, k, v, biases)
+        live_bits = next_bits
+    return states
 
 
 @triton.jit
@@ -231,10 +264,10 @@ def plan_launch(
     tiles_per_split = triton.cdiv(n_tiles, n_splits)
     look_ahead = min(MAX_LOOK_AHEAD, triton.next_power_of_2(tiles_per_split))
     options = dict(
-        GROUP=q_heads // k_heads, D=width, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        T=tokens, GROUP=q_heads // k_heads, D=width, MASK_ROWS=_mask_rows(mask, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
         N_LOOKS=triton.next_power_of_2(triton.cdiv(tiles_per_split, look_ahead)), LOOK_AHEAD=look_ahead,
         FLOOR=torch.finfo(mask.dtype).min if mask is not None and mask.dtype != torch.bool else 0.0,
-        IS_ONE_TILE=n_tiles == 1, HAS_PDL=has_pdl(q.device), launch_pdl=has_pdl(q.device),
+        IS_ONE_TILE=n_tiles == n_splits == 1, HAS_PDL=has_pdl(q.device), launch_pdl=has_pdl(q.device),
         num_warps=num_warps or (max(1, block_n * block_d // 2048) if n_tiles == 1 else 4),
     )  # fmt: skip
     return Plan((n_programs, n_splits), options)
@@ -243,6 +276,13 @@ def plan_launch(
 def expand_mask(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> torch.Tensor | None:
     """Return a mask of full shape for the kernels, which know no float64."""
     return None if mask is None else (mask.float() if mask.dtype == torch.float64 else mask).expand(*q.shape[:3], keys)
+
+
+def _mask_rows(mask: torch.Tensor | None, block_m: int) -> int:
+    """Count the different rows of an expanded mask among ``block_m`` rows of queries, in which tokens take turns."""
+    if mask is None or mask.stride(1) == mask.stride(2) == 0:
+        return 1
+    return mask.shape[2] if mask.stride(1) == 0 and block_m % mask.shape[2] == 0 else block_m
 
 
 def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
