@@ -11,22 +11,19 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_like, check_rank, check_shape
 from qtts_compile.kernels.flash_decoding import (
     LOG2_E,
-    Partials,
     attend,
     attend_cache,
-    expand_mask,
     is_attended,
     is_row,
     load_biases,
     load_tile,
     locate_rows,
     look_ahead,
-    mask_strides,
     no_keys_yet,
-    plan_launch,
     row_offset,
     store_rows,
 )
+from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, mask_strides, plan_launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rows import with_unit_stride

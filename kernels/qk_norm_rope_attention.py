@@ -1,7 +1,7 @@
 """Per-head RMSNorm of queries and keys, rotary embedding, KV-cache write and attention of a decode step in one launch, or two for long caches."""
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportPossiblyUnbound=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportPossiblyUnboundVariable=false
 # Triton's stubs type a launch as a call of the kernel itself, without its launch options, and do not know its static loops and tuples.
 
 import torch
@@ -13,11 +13,9 @@ from triton.language.extra.cuda import libdevice
 from qtts_compile.kernels.decode_attention import check_decode_attention, decode_attention_fake, decode_attention_reference
 from qtts_compile.kernels.flash_decoding import (
     LOG2_E,
-    Partials,
     attend,
     attend_cache,
     attend_key,
-    expand_mask,
     is_attended,
     is_old_key,
     is_row,
@@ -25,12 +23,11 @@ from qtts_compile.kernels.flash_decoding import (
     load_tile,
     locate_rows,
     look_ahead,
-    mask_strides,
     no_keys_yet,
-    plan_launch,
     row_offset,
     store_rows,
 )
+from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, mask_strides, plan_launch
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs

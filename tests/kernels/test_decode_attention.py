@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import DTYPES, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, seeds
 
-from qtts_compile.kernels import flash_decoding
+from qtts_compile.kernels import flash_decoding_launch
 from qtts_compile.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
-from qtts_compile.kernels.flash_decoding import choose_splits
+from qtts_compile.kernels.flash_decoding_launch import choose_splits
 
 MASKS = ["none", "bool", "additive", "lowest", "left_padded", "sliding_window", "per_head", "one_row_excluded"]
 
@@ -133,7 +133,7 @@ def test_no_queries(device, shape):
 
 
 def test_splits_fill_the_gpu_and_no_more(monkeypatch):
-    monkeypatch.setattr(flash_decoding, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(flash_decoding_launch, "_sm_count", lambda device: 132)
     device = torch.device("cpu")
     assert choose_splits(1, 8, device) == choose_splits(2, 8, device) == 1
     assert choose_splits(10, 8, device) == 10
