@@ -70,7 +70,8 @@ def test_compiles_with_inductor(device):
 
 
 @pytest.mark.gpu
-def test_a_decode_step_replays_as_a_cuda_graph():
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_decode_step_replays_as_a_cuda_graph(joined):
     q, k, v = (torch.randn(1, 1, heads, 128, device="cuda").bfloat16().transpose(1, 2) for heads in (16, 8, 8))
     cos, sin = (torch.rand(1, 1, 128, device="cuda").bfloat16() for _ in range(2))
     weight = torch.rand(128, device="cuda").bfloat16()
@@ -79,8 +80,11 @@ def test_a_decode_step_replays_as_a_cuda_graph():
     position = torch.zeros(1, dtype=torch.int64, device="cuda")
 
     def step():
-        rotated = qk_norm_rope_kv_write.qk_norm_rope_kv_write(q, k, v, weight, weight, 1e-6, 1e-6, cos, sin, [], False, k_cache, v_cache, position)
         mask.index_fill_(3, position, True)
+        arguments = q, k, v, weight, weight, 1e-6, 1e-6, cos, sin, [], False, k_cache, v_cache, position
+        if joined:
+            return qk_norm_rope_attention.qk_norm_rope_attention(*arguments, mask, 128**-0.5)
+        rotated = qk_norm_rope_kv_write.qk_norm_rope_kv_write(*arguments)
         return decode_attention.decode_attention(rotated, k_cache, v_cache, mask, 128**-0.5)
 
     step()
