@@ -150,7 +150,7 @@ def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:
     capability, case, rows, launch = job
     run = triton.JITFunction.run
     triton.runtime.driver.set_active(cast(Any, _Target(capability)))
-    gemv_launch._has_pdl = lambda device: capability >= (9, 0)
+    gemv_launch.has_pdl = lambda device: capability >= (9, 0)
     triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(COMPILE_LIMIT_S)

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qtts_compile.kernels.checks import check_float_dtype, check_like, check_rank, check_shape
 from qtts_compile.kernels.rms_norm import check_rms_norm
@@ -67,20 +66,6 @@ def _check_unit_stride(name: str, tensor: torch.Tensor) -> None:
     # A copy made in passing would not be complete when the kernel reads it.
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}; call .contiguous() on it beforehand")
-
-
-@triton.jit
-def announce(HAS_PDL: tl.constexpr):
-    """Let the next kernel start once every program of this one has, to request its weights meanwhile."""
-    if HAS_PDL:
-        gdc_launch_dependents()
-
-
-@triton.jit
-def wait_for_inputs(HAS_PDL: tl.constexpr):
-    """Wait until all earlier kernels have ended. Before that, a program reads nothing but parameters and writes nothing."""
-    if HAS_PDL:
-        gdc_wait()
 
 
 @triton.jit

@@ -1,11 +1,12 @@
 """How the kernels that multiply a few rows with weight matrices are launched."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from qtts_compile.kernels.pdl import has_pdl
 
 MAX_MULTIPLIED_ROWS = 4  # in half precision more rows go to the tensor cores, whose tiles have at least 8
 BYTES_IN_FLIGHT = 256  # of weights for each thread, in 64 registers
@@ -58,7 +59,6 @@ def launch_options(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor], ou
     launch = launch._replace(**{name: value for name, value in given.items() if value is not None})
     tile = launch.block_n * matrices * launch.block_k
     in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * x.dtype.itemsize)
-    has_pdl = _has_pdl(x.device)
     return dict(
         K=width,
         BLOCK_M=launch.block_m,
@@ -66,13 +66,7 @@ def launch_options(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor], ou
         BLOCK_K=launch.block_k,
         IN_FLIGHT=max(1, min(in_flight, triton.cdiv(width, launch.block_k))),
         SPLITS=max(1, min(launch.num_warps, launch.block_k // 16)),
-        HAS_PDL=has_pdl,
+        HAS_PDL=has_pdl(x.device),
         num_warps=launch.num_warps,
-        launch_pdl=has_pdl,
+        launch_pdl=has_pdl(x.device),
     )
-
-
-@functools.cache
-def _has_pdl(device: torch.device) -> bool:
-    """Tell whether a kernel on ``device`` may start before its predecessor has ended (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

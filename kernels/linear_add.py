@@ -9,17 +9,16 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_like, check_shape
 from qtts_compile.kernels.gemv import (
-    announce,
     as_matrix,
     check_rows,
     check_vector,
     check_weight,
     multiply_rows,
     request_weights,
-    wait_for_inputs,
 )
 from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.pdl import announce, wait_for_inputs
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from qtts_compile.kernels.gemv import (
-    announce,
     as_matrix,
     check_norm_weight,
     check_rows,
@@ -19,10 +18,10 @@ from qtts_compile.kernels.gemv import (
     multiply_rows,
     request_norm_weight,
     request_weights,
-    wait_for_inputs,
 )
 from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 
 MAX_WEIGHTS = 3

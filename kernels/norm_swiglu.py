@@ -9,7 +9,6 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_shape
 from qtts_compile.kernels.gemv import (
-    announce,
     as_matrix,
     check_norm_weight,
     check_rows,
@@ -17,10 +16,10 @@ from qtts_compile.kernels.gemv import (
     multiply_rows,
     request_norm_weight,
     request_weights,
-    wait_for_inputs,
 )
 from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.swiglu import swiglu_reference
 

@@ -1,0 +1,31 @@
+"""Programmatic dependent launch: kernels that start, and request their parameters, while the kernel before them still runs.
+
+Each kernel that is launched so announces itself at once and waits in every program, so that the end of one implies the end of all before it.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@functools.cache
+def has_pdl(device: torch.device) -> bool:
+    """Tell whether a kernel on ``device`` may start before its predecessor has ended (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def announce(HAS_PDL: tl.constexpr):
+    """Let the next kernel start once every program of this one has, to request its weights meanwhile."""
+    if HAS_PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(HAS_PDL: tl.constexpr):
+    """Wait until all earlier kernels have ended. Before that, a program reads nothing but parameters and writes nothing."""
+    if HAS_PDL:
+        gdc_wait()
