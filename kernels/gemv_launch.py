@@ -48,17 +48,17 @@ def choose_launch(op: str, rows: int, outputs: int, width: int, dtype: torch.dty
     return Launch(block_m, 2 ** (block_n.bit_length() - 1), min(256 * num_warps, whole_row), num_warps)
 
 
-def launch_options(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor], outputs: int, **given: int | None) -> dict[str, Any]:
-    """Return the constants and launch options of the kernel of ``op`` for rows ``x`` ``[M, K]``, ``weights`` and ``outputs`` outputs.
+def launch_options(op: str, rows: int, weights: Sequence[torch.Tensor], outputs: int, **given: int | None) -> dict[str, Any]:
+    """Return the constants and launch options of the kernel of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs.
 
     ``given`` may override each field of ``Launch`` that is chosen from the shapes; those that are None do not.
     """
-    rows, width = x.shape
+    width, dtype, device = weights[0].shape[1], weights[0].dtype, weights[0].device
     matrices = sum(weight.shape[0] for weight in weights) // outputs
-    launch = choose_launch(op, rows, outputs, width, x.dtype, matrices)
+    launch = choose_launch(op, rows, outputs, width, dtype, matrices)
     launch = launch._replace(**{name: value for name, value in given.items() if value is not None})
     tile = launch.block_n * matrices * launch.block_k
-    in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * x.dtype.itemsize)
+    in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * dtype.itemsize)
     return dict(
         K=width,
         BLOCK_M=launch.block_m,
@@ -66,7 +66,7 @@ def launch_options(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor], ou
         BLOCK_K=launch.block_k,
         IN_FLIGHT=max(1, min(in_flight, triton.cdiv(width, launch.block_k))),
         SPLITS=max(1, min(launch.num_warps, launch.block_k // 16)),
-        HAS_PDL=has_pdl(x.device),
+        HAS_PDL=has_pdl(device),
         num_warps=launch.num_warps,
-        launch_pdl=has_pdl(x.device),
+        launch_pdl=has_pdl(device),
     )

@@ -164,42 +164,47 @@ class Frame(nn.Module):
         """Speak one frame while the talker hears ``state.text``."""
         predictor, state = self.talker.code_predictor, self.state
         heads, embeddings = predictor.lm_head, predictor.get_input_embeddings()
-        embed, inputs = self._open()
-        codes, embeds = [], [embed]
-        for (slots, mask, positions, angles), head, embedding in zip(self._passes, heads, embeddings):
+        inputs, draws = self._open()
+        codes = []
+        for draw, (slots, mask, positions, angles), head, embedding in zip(draws, self._passes, heads, embeddings):
             hidden = self.predictor(inputs, mask, positions, angles, state.sub_cache.step(slots))
-            code, embed, inputs = self._choose(hidden, slots, head, embedding)
+            code, inputs = self._choose(hidden, draw[:1], head, embedding)
             codes.append(code)
-            embeds.append(embed)
-        heard, mask, positions, angles = self._hear(codes, embeds)
+        heard, mask, positions, angles = self._hear(codes)
         self._close(self.stack(heard, mask, positions, angles, state.cache.step(state.position)))
 
     def open(self) -> tuple[Tensor, Tensor]:
-        """Return the embedding ``[B, 1, H]`` of the code that the talker chose, and what the predictor reads first ``[B, 2, H']``."""
-        embed = self.talker.get_input_embeddings()(self.state.token)
-        return embed, self.talker.code_predictor.small_to_mtp_projection(torch.cat((self.state.hidden, embed), 1))
+        """Return what the predictor reads first ``[B, 2, H']``, and in column 0 the numbers of its draws ``[groups - 1, 2]``.
 
-    def choose(self, hidden: Tensor, slots: Tensor, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Choose a code ``[B, 1]`` after the predictor's ``hidden`` states ``[B, T, H']`` at ``slots`` ``[T]``, of which the last is its number.
-
-        Return it, its embedding ``[B, 1, H]``, and what the predictor reads next ``[B, 1, H']``.
+        Each number lies at an address that is a multiple of 16 bytes, as compiled code wants it.
         """
-        state = self.state
-        logits = head(self.predictor.norm(hidden[:, -1]))
-        code = sample(logits, state.sub_controls, state.seed, state.frame * state.groups + slots[-1:])[:, None]
-        embed = embedding(code)
-        return code, embed, self.talker.code_predictor.small_to_mtp_projection(embed)
+        state, groups = self.state, self.state.groups
+        embed = self.talker.get_input_embeddings()(state.token)
+        draws = state.frame * groups + torch.arange(1, groups, device=embed.device)
+        return self.talker.code_predictor.small_to_mtp_projection(torch.cat((state.hidden, embed), 1)), draws[:, None].repeat(1, 2)
 
-    def hear(self, codes: list[Tensor], embeds: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
+    def choose(self, hidden: Tensor, draw: Tensor, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor]:
+        """Choose a code ``[B, 1]`` by ``draw`` ``[1]`` after the predictor's ``hidden`` states ``[B, T, H']``, and return it.
+
+        With it comes what the predictor reads next ``[B, 1, H']``.
+        """
+        logits = head(self.predictor.norm(hidden[:, -1]))
+        code = sample(logits, self.state.sub_controls, self.state.seed, draw)[:, None]
+        return code, self.talker.code_predictor.small_to_mtp_projection(embedding(code))
+
+    def hear(self, codes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
         """Store the frame's ``codes``, of which the talker chose the first, and return what the talker hears: the sum of all their embeddings.
 
         After it come the mask ``[B, 1, 1, slots]``, the position ``[B, 1]`` and its angles.
         """
         state, position = self.state, self.state.position
-        state.codes.index_copy_(1, state.frame, torch.cat([state.token, *codes], 1)[:, None])
+        codes = [state.token, *codes]
+        state.codes.index_copy_(1, state.frame, torch.cat(codes, 1)[:, None])
+        embeddings = self.talker.get_input_embeddings(), *self.talker.code_predictor.get_input_embeddings()
+        embeds = torch.cat([embedding(code) for embedding, code in zip(embeddings, codes)], 1)
         mask = (self.slots <= position) & (self.slots >= state.start[:, None])
         positions = (position - state.start)[:, None]
-        return torch.cat(embeds, 1).sum(1, keepdim=True) + state.text, mask[:, None, None], positions, self.stack.angles(positions)
+        return embeds.sum(1, keepdim=True) + state.text, mask[:, None, None], positions, self.stack.angles(positions)
 
     def close(self, hidden: Tensor) -> None:
         """Choose the next frame's first code after the talker's ``hidden`` states ``[B, 1, H]``."""

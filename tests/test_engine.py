@@ -191,14 +191,14 @@ def test_the_layers_of_a_frame_are_rewritten_once(lengths, size):
     _, read, chosen, opened, first, first_code, later, code, _, step, closed = report.graphs
     assert report.graph_breaks == [] and report.refusals == []
     predictor, stack = layer(case("predictor")), layer(case(f"talker-{size}"))
-    rows, projection = len(lengths), Counter(norm_linears=int(size == "1.7b"))  # of the talker's width to the predictor's
+    rows, projects = len(lengths), int(size == "1.7b")  # the talker's width to the predictor's
     assert kernels(read) == expected_kernels(stack, "prefill", "static", rows=None) - Counter(add_rms_norm=1)  # that after the layer
     assert kernels(first) == expected_kernels(predictor, "decode", "static", 2 * rows) - FINAL_NORM
     assert kernels(later) == expected_kernels(predictor, "decode", "static", rows) - FINAL_NORM
     assert kernels(step) == expected_kernels(stack, "decode", "static", rows) - FINAL_NORM
-    assert kernels(opened) == projection
+    assert kernels(opened) == Counter(norm_linears=projects)
     # The final norm goes into the predictor's heads, which alone read it; the talker's is part of the next frame as well.
-    assert kernels(first_code) == kernels(code) == projection + Counter(norm_linears=1)
+    assert kernels(first_code) == kernels(code) == Counter(norm_linears=1, embedding_linear=projects)
     assert kernels(chosen) == kernels(closed) == FINAL_NORM + Counter(norm_linears=1)
 
 
