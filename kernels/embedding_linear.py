@@ -79,7 +79,9 @@ def embedding_linear_triton(
     if y.numel() == 0:
         return y
     outputs, rows = weight.shape[0], tokens.numel()
-    options = launch_options("embedding_linear", rows, [weight], outputs, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    run = lambda weights, launch: embedding_linear_triton(tokens, table, *weights, bias, *launch)  # noqa: E731
+    options = launch_options("embedding_linear", rows, [weight], outputs, run, **given)
     _embedding_linear_kernel[(triton.cdiv(outputs, options["BLOCK_N"]),)](
         tokens.contiguous(), table, weight, bias, y, rows, outputs, table.shape[0], table.stride(0), weight.stride(0),
         **options, debug=True, sanitize_overflow=False,
