@@ -46,12 +46,16 @@ def check_kv_write(cache: torch.Tensor, src: torch.Tensor, position: torch.Tenso
 
 @triton.jit
 def cache_row(Position_ptr, token, stride_position, S):
-    """Return the cache row of ``token`` as int64 and whether the cache has it; trip the device-side assert if not."""
+    """Return the cache row of ``token`` as int64 and whether the cache has it."""
     row = tl.load(Position_ptr + token * stride_position)
     row = tl.where(row < 0, row + S, row)
-    in_cache = (row >= 0) & (row < S)
+    return row, (row >= 0) & (row < S)
+
+
+@triton.jit
+def assert_in_cache(in_cache):
+    """Trip the device-side assert unless the cache has a row. What a program reads after it waits for the position."""
     tl.device_assert(in_cache, "kv_write: position is out of range")
-    return row, in_cache
 
 
 @triton.jit
@@ -67,6 +71,7 @@ def _kv_write_kernel(
     in_bounds = (heads < H)[:, None] & (columns < D)[None, :]
     heads = heads.to(tl.int64)[:, None]
     row, in_cache = cache_row(Position_ptr, token, stride_position, S)
+    assert_in_cache(in_cache)
     src_offsets = batch * src_stride_b + heads * src_stride_h + token * src_stride_t + columns[None, :]
     cache_offsets = batch * cache_stride_b + heads * cache_stride_h + row * cache_stride_s + columns[None, :]
     tl.store(Cache_ptr + cache_offsets, tl.load(Src_ptr + src_offsets, mask=in_bounds), mask=in_bounds & in_cache)

@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_like, check_rank, check_shape
-from qtts_compile.kernels.kv_write import cache_row, check_kv_write
+from qtts_compile.kernels.kv_write import assert_in_cache, cache_row, check_kv_write
 from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, check_rotary, empty_rotated, head_blocks, load_angles, rotary_reference, rotate
 from qtts_compile.kernels.rows import with_unit_stride
@@ -110,8 +111,10 @@ def _qk_norm_rope_kv_write_kernel(
     angle_stride_axis, angle_stride_b, angle_stride_t,
     HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_F: tl.constexpr,
     HAS_SECTIONS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr,
-    HAS_Q_WEIGHT: tl.constexpr, HAS_K_WEIGHT: tl.constexpr,
+    HAS_Q_WEIGHT: tl.constexpr, HAS_K_WEIGHT: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
+    announce(HAS_PDL)
+    wait_for_inputs(HAS_PDL)
     batch = (tl.program_id(0) // T).to(tl.int64)
     token = (tl.program_id(0) % T).to(tl.int64)
     head_block = tl.program_id(1)
@@ -146,6 +149,7 @@ def _qk_norm_rope_kv_write_kernel(
         tl.store(k_cache_ptrs + HALF, k_2, mask=writable)
         tl.store(v_cache_ptrs, v_1, mask=writable)
         tl.store(v_cache_ptrs + HALF, v_2, mask=writable)
+        assert_in_cache(in_cache)
 
 
 def qk_norm_rope_kv_write_triton(
@@ -171,7 +175,7 @@ def qk_norm_rope_kv_write_triton(
         angles.stride_axis, angles.stride_batch, angles.stride_token,
         HALF=width // 2, BLOCK_H=block_h, BLOCK_F=block_f, **angles.constants,
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None,
-        num_warps=4, enable_fp_fusion=False, debug=True, sanitize_overflow=False,
+        HAS_PDL=has_pdl(q.device), launch_pdl=has_pdl(q.device), num_warps=4, enable_fp_fusion=False, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     return out
 

@@ -122,6 +122,17 @@ def as_angles(cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interle
 
 
 @triton.jit
+def select_axis(frequency, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr):
+    """Return the axis, 0 to 2, that each frequency index in ``[0, D / 2)`` reads."""
+    if IS_INTERLEAVED:
+        is_axis_1 = (frequency % 3 == 1) & (frequency < AXIS_1)
+        is_axis_2 = (frequency % 3 == 2) & (frequency < AXIS_2)
+        return tl.where(is_axis_1, 1, tl.where(is_axis_2, 2, 0))
+    else:
+        return (frequency >= AXIS_1).to(tl.int32) + (frequency >= AXIS_2).to(tl.int32)
+
+
+@triton.jit
 def load_angles(
     Cos_ptr, Sin_ptr, offset, stride_axis, HALF: tl.constexpr, BLOCK_F: tl.constexpr,
     HAS_SECTIONS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr,
@@ -131,13 +142,7 @@ def load_angles(
     in_half = frequency < HALF
     first = offset + frequency
     if HAS_SECTIONS:
-        if IS_INTERLEAVED:
-            is_axis_1 = (frequency % 3 == 1) & (frequency < AXIS_1)
-            is_axis_2 = (frequency % 3 == 2) & (frequency < AXIS_2)
-            axis = tl.where(is_axis_1, 1, tl.where(is_axis_2, 2, 0))
-        else:
-            axis = (frequency >= AXIS_1).to(tl.int32) + (frequency >= AXIS_2).to(tl.int32)
-        first += axis.to(tl.int64) * stride_axis
+        first += select_axis(frequency, IS_INTERLEAVED, AXIS_1, AXIS_2).to(tl.int64) * stride_axis
     cos_1 = tl.load(Cos_ptr + first, mask=in_half, other=0.0).to(tl.float32)
     sin_1 = tl.load(Sin_ptr + first, mask=in_half, other=0.0).to(tl.float32)
     if IS_INTERLEAVED:

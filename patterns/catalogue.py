@@ -12,6 +12,7 @@ from qtts_compile.patterns.fuse import (
     linear_add,
     norm_linears,
     norm_swiglu,
+    qk_norm_rope_attention,
     qk_norm_rope_kv_write,
     rotary_qk,
 )
@@ -27,7 +28,17 @@ LIFT = (
     rms_norm.PATTERN,
     swiglu.PATTERN,
 )
-FUSE = (qk_norm_rope_kv_write, norm_swiglu, linear_add, embedding_linear, norm_linears, add_rms_norm, rotary_qk, inline_swiglu)
+FUSE = (
+    qk_norm_rope_kv_write,
+    qk_norm_rope_attention,
+    norm_swiglu,
+    linear_add,
+    embedding_linear,
+    norm_linears,
+    add_rms_norm,
+    rotary_qk,
+    inline_swiglu,
+)
 
 # The op that a rewrite leaves in the graph; importing a kernel's module registers its op.
 OPS = {
@@ -39,6 +50,7 @@ OPS = {
     "kv_write": "kv_write",
     "attention": "decode_attention",
     "qk_norm_rope_kv_write": "qk_norm_rope_kv_write",
+    "qk_norm_rope_attention": "qk_norm_rope_attention",
     "norm_linears": "norm_linears",
     "norm_swiglu": "norm_swiglu",
     "linear_add": "linear_add",

@@ -86,11 +86,11 @@ def expected_kernels(case: ModelCase, phase: Phase, cache: str, rows: int | None
         kernels = Counter(rms_norm=1, norm_linears=layers, norm_swiglu=layers, linear_add=2 * layers)
     else:
         kernels = Counter(rms_norm=1, add_rms_norm=2 * layers, swiglu=layers)
+    if phase == "decode" and cache == "static":
+        kernels["qk_norm_rope_attention"] = layers
+        return kernels
     if phase == "decode":
         kernels["attention"] = layers
-    if phase == "decode" and cache == "static":
-        kernels["qk_norm_rope_kv_write"] = layers
-        return kernels
     kernels["rotary_qk"] = layers
     if case.qk_norm:
         kernels["rms_norm"] += 2 * layers

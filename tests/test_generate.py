@@ -25,5 +25,5 @@ def test_greedy_codes_equal_eager_s(size, lengths, executor):
     assert codes.shape == (len(lengths), FRAMES, 16)
     assert torch.equal(codes, expected)
     layers = sum(stack.layers for stack in stacks)
-    assert report.kernels["attention"] >= layers and report.kernels["swiglu"] + report.kernels["norm_swiglu"] >= 2 * layers
+    assert report.kernels["qk_norm_rope_attention"] >= layers and report.kernels["swiglu"] + report.kernels["norm_swiglu"] >= 2 * layers
     assert report.refusals == [] and report.graph_breaks == []

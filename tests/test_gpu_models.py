@@ -78,7 +78,7 @@ def test_greedy_codes_equal_eager_s(lengths):
     with collect() as report:
         codes = generate_codes(talker, 32, lengths)
     assert torch.equal(codes, expected)
-    assert report.kernels["attention"] >= 7 and report.refusals == []
+    assert report.kernels["qk_norm_rope_attention"] >= 7 and report.refusals == []
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,16 @@ def test_layers_limits_the_rewrites_to_exactly_those(layers):
     for phase, report, _ in run.compiled_graphs():
         assert report.layers == 3
         expected = expected_kernels(replace(c, layers=len(wanted)), phase, "static", run.rows(phase))
-        for name in ("norm_linears", "norm_swiglu", "linear_add", "attention", "kv_write", "qk_norm_rope_kv_write", "rotary_qk"):
+        for name in (
+            "norm_linears",
+            "norm_swiglu",
+            "linear_add",
+            "attention",
+            "kv_write",
+            "qk_norm_rope_kv_write",
+            "qk_norm_rope_attention",
+            "rotary_qk",
+        ):
             paths = report.kernels.get(name, [])
             assert sorted({".".join(path.split(".")[:2]) for path in paths}) == (wanted if expected[name] else [])
             assert len(paths) == expected[name]
@@ -48,14 +57,16 @@ def test_layers_beyond_the_model_are_refused(model):
 DEPENDENT = {
     "rms_norm": {"rms_norm", "add_rms_norm"},
     "swiglu": {"swiglu", "norm_swiglu"},
-    "rotary": {"rotary", "rotary_qk", "qk_norm_rope_kv_write"},
-    "kv_write": {"kv_write", "qk_norm_rope_kv_write"},
-    "attention": {"attention", "qk_norm_rope_kv_write"},
+    "rotary": {"rotary", "rotary_qk", "qk_norm_rope_kv_write", "qk_norm_rope_attention"},
+    "kv_write": {"kv_write", "qk_norm_rope_kv_write", "qk_norm_rope_attention"},
+    "attention": {"attention", "qk_norm_rope_kv_write", "qk_norm_rope_attention"},
+    "qk_norm_rope_kv_write": {"qk_norm_rope_kv_write", "qk_norm_rope_attention"},
 }
 # What takes over the pieces instead, in other numbers.
 HEIRS = {
     "swiglu": {"norm_linears"},
-    **{name: {"rms_norm", "kv_write", "rotary_qk"} for name in ("rotary", "kv_write", "attention", "qk_norm_rope_kv_write")},
+    **{name: {"rms_norm", "kv_write", "rotary_qk", "attention"} for name in ("rotary", "kv_write", "attention", "qk_norm_rope_kv_write")},
+    "qk_norm_rope_attention": {"qk_norm_rope_kv_write", "attention"},
     "norm_swiglu": {"swiglu", "norm_linears"},
     "norm_linears": {"rms_norm"},
     "linear_add": {"norm_linears", "add_rms_norm", "rms_norm"},

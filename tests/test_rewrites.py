@@ -121,7 +121,7 @@ def test_kernels_stand_in_the_modules_that_they_replace(setup):
             assert report.kernels["swiglu"] == [f"layers.{i}.mlp" for i in layers]
             assert report.kernels["add_rms_norm"] == norms[1:]
             assert report.kernels["rms_norm"][0] == norms[0]
-        for name in ("attention", "qk_norm_rope_kv_write") if phase == "decode" and setup.cache == "static" else ("rotary_qk",):
+        for name in ("qk_norm_rope_attention",) if phase == "decode" and setup.cache == "static" else ("rotary_qk",):
             assert report.kernels[name] == [f"layers.{i}.self_attn" for i in layers]
 
 

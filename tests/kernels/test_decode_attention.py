@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import DTYPES, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, seeds
 
-from qtts_compile.kernels import decode_attention as module
-from qtts_compile.kernels.decode_attention import choose_splits, decode_attention, decode_attention_triton
+from qtts_compile.kernels import flash_decoding
+from qtts_compile.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
+from qtts_compile.kernels.flash_decoding import choose_splits
 
 MASKS = ["none", "bool", "additive", "lowest", "left_padded", "sliding_window", "per_head", "one_row_excluded"]
 
@@ -76,7 +77,7 @@ def test_reference_is_as_accurate_as_eager(device, mask_kind, dtype, seed):
     k, v = (random_tensor(seed + i, (2, 2, 17, 40), dtype, device) for i in (1, 2))
     mask = make_mask(mask_kind, seed, 2, 4, 3, 17, dtype, device)
     oracle = softmax_attention(q.double(), k.double(), v.double(), mask, 0.2)
-    assert_accurate(module.decode_attention_reference(q, k, v, mask, 0.2), oracle, softmax_attention(q, k, v, mask, 0.2))
+    assert_accurate(decode_attention_reference(q, k, v, mask, 0.2), oracle, softmax_attention(q, k, v, mask, 0.2))
 
 
 @pytest.mark.parametrize("n_splits", [1, 3, 64])
@@ -132,7 +133,7 @@ def test_no_queries(device, shape):
 
 
 def test_splits_fill_the_gpu_and_no_more(monkeypatch):
-    monkeypatch.setattr(module, "_sm_count", lambda device: 132)
+    monkeypatch.setattr(flash_decoding, "_sm_count", lambda device: 132)
     device = torch.device("cpu")
     assert choose_splits(1, 8, device) == choose_splits(2, 8, device) == 1
     assert choose_splits(10, 8, device) == 10

@@ -12,6 +12,7 @@ from qtts_compile.kernels import (  # noqa: F401
     linear_add,
     norm_linears,
     norm_swiglu,
+    qk_norm_rope_attention,
     qk_norm_rope_kv_write,
     rms_norm,
     rotary,
@@ -21,7 +22,7 @@ from qtts_compile.kernels import (  # noqa: F401
 from qtts_compile.kernels.library import register_lowerings
 
 OPS = ["rms_norm", "add_rms_norm", "swiglu", "rotary", "rotary_qk", "kv_write", "decode_attention", "qk_norm_rope_kv_write", "sample"]
-OPS += ["norm_linears", "norm_swiglu", "linear_add"]
+OPS += ["qk_norm_rope_attention", "norm_linears", "norm_swiglu", "linear_add"]
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -125,12 +125,13 @@ def two_layers(*tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_layer_writes_its_own_keys_and_values(dtype):
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_every_layer_writes_its_own_keys_and_values(dtype, tokens):
     """The layers share position and tables, and nothing else tells their keys and values apart."""
-    tensors = layer_inputs(dtype=dtype)
+    tensors = layer_inputs(tokens=tokens, dtype=dtype)
     tolerance = None if dtype == torch.float32 else torch.finfo(dtype).eps * max(x.abs().max().item() for x in tensors[:14])
     report, graphs = rewritten(two_layers, *tensors, tolerance=tolerance)
-    assert kernels(report) == {"qk_norm_rope_kv_write": 2, "attention": 2}
+    assert kernels(report) == {"qk_norm_rope_attention": 2}
     assert count(graphs.final, "clone", "copy", "index_put", "rsqrt") == 0
 
 
@@ -145,7 +146,7 @@ def test_layers_whose_writes_all_come_before_the_attentions():
         return [attend(q, tensors[i + 5], tensors[i + 6], mask) for q, i in zip(queries, (0, 7), strict=True)]
 
     report, _ = rewritten(function, *layer_inputs())
-    assert kernels(report) == {"qk_norm_rope_kv_write": 2, "attention": 2}
+    assert kernels(report) == {"qk_norm_rope_attention": 2}
 
 
 def test_a_layer_that_reads_another_layer_s_keys():
@@ -161,7 +162,8 @@ def test_a_layer_that_reads_another_layer_s_keys():
         first = attend(rotate(norm(q, q_weight).transpose(1, 2), cos, sin), k_cache, v_cache, mask)
         return first, attend(rotate(norm(q1, q1_weight).transpose(1, 2), cos, sin), k_cache, v1_cache, mask)
 
-    assert kernels(rewritten(function, *layer_inputs())[0])["attention"] == 2
+    found = kernels(rewritten(function, *layer_inputs())[0])
+    assert found["qk_norm_rope_attention"] == found["attention"] == 1
 
 
 def one_layer(change):
@@ -177,7 +179,7 @@ def test_without_norms():
         v_cache.index_copy_(2, position, v.transpose(1, 2))
         return attend(rotate(q.transpose(1, 2), cos, sin), k_cache, v_cache, mask)
 
-    assert kernels(rewritten(one_layer(function), *layer_inputs())[0]) == {"qk_norm_rope_kv_write": 1, "attention": 1}
+    assert kernels(rewritten(one_layer(function), *layer_inputs())[0]) == {"qk_norm_rope_attention": 1}
 
 
 def test_a_norm_on_the_queries_alone():
@@ -186,7 +188,7 @@ def test_a_norm_on_the_queries_alone():
         v_cache.index_copy_(2, position, v.transpose(1, 2))
         return attend(rotate(norm(q, q_weight).transpose(1, 2), cos, sin), k_cache, v_cache, mask)
 
-    rewritten(one_layer(function), *layer_inputs())
+    assert kernels(rewritten(one_layer(function), *layer_inputs())[0]) == {"qk_norm_rope_attention": 1}
 
 
 @pytest.mark.parametrize(
@@ -238,6 +240,59 @@ def test_a_cache_that_is_read_between_the_writes_is_refused():
 
     report, _ = rewritten(one_layer(function), *layer_inputs())
     assert [r.reason for r in report.refusals] == ["a result is read before both caches are written"]
+
+
+def queries_read(q, k, v, q_weight, k_weight, k_cache, v_cache, cos, sin, position, mask):
+    q, k = (rotate(norm(x, weight).transpose(1, 2), cos, sin) for x, weight in ((q, q_weight), (k, k_weight)))
+    k_cache.index_copy_(2, position, k)
+    v_cache.index_copy_(2, position, v.transpose(1, 2))
+    return attend(q, k_cache, v_cache, mask), q * 2
+
+
+def computed_weight(q, k, v, q_weight, *others):
+    return layer(q, k, v, 1.0 + q_weight, *others)
+
+
+def mask_from_the_cache(q, k, v, q_weight, k_weight, k_cache, v_cache, cos, sin, position, mask):
+    k_cache.index_copy_(2, position, rotate(norm(k, k_weight).transpose(1, 2), cos, sin))
+    v_cache.index_copy_(2, position, v.transpose(1, 2))
+    return attend(rotate(norm(q, q_weight).transpose(1, 2), cos, sin), k_cache, v_cache, mask & (k_cache[:, :1, :, 0] < 1)[:, :, None])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (queries_read, "the rotated queries are read elsewhere"),
+        (computed_weight, "the weight of a norm is computed in the graph"),
+        (mask_from_the_cache, "a cache is read between its write and the attention"),
+    ],
+    ids=["queries-read", "weight", "cache-read"],
+)
+def test_an_attention_that_stays_by_itself_says_why(change, reason):
+    report, _ = rewritten(one_layer(change), *layer_inputs())
+    assert kernels(report) == {"qk_norm_rope_kv_write": 1, "attention": 1}
+    assert [(r.rewrite, r.reason) for r in report.refusals] == [("qk_norm_rope_attention", reason)]
+
+
+def test_caches_that_are_read_after_the_attention():
+    def function(*t):
+        return layer(*t), t[5].sum(), t[6] * 2
+
+    report, graphs = rewritten(one_layer(function), *layer_inputs())
+    assert kernels(report) == {"qk_norm_rope_attention": 1} and report.refusals == []
+    assert count(graphs.final, "clone", "copy") == 0
+
+
+def test_an_attention_without_a_mask():
+    def function(*t):
+        return layer(*t[:-1], mask=None)
+
+    assert kernels(rewritten(one_layer(function), *layer_inputs())[0]) == {"qk_norm_rope_attention": 1}
+
+
+def test_the_joined_attention_can_be_switched_off():
+    report, _ = rewritten(two_layers, *layer_inputs(), disable=["qk_norm_rope_attention"])
+    assert kernels(report) == {"qk_norm_rope_kv_write": 2, "attention": 2} and report.refusals == []
 
 
 def test_prompts_keep_single_writes():

@@ -1,0 +1,317 @@
+"""Attention of a few query rows over the keys of a cache, split over the keys (Flash-Decoding, Dao et al., 2023).
+
+What ``decode_attention`` and ``qk_norm_rope_attention`` share. A program serves ``BLOCK_M`` of the ``GROUP * T`` query rows of one key head. Its
+``place`` is ``(batch, k_head, first_row, T)``, its ``states`` hold maximum, sum and output of each row's softmax.
+"""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options, and do not know its static loops and tuples.
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_SPLITS = 64
+PROGRAMS_PER_SM = 4
+MAX_TILES_OF_ONE_SPLIT = 2
+MAX_LOOK_AHEAD = 8
+
+
+@triton.jit
+def locate_rows(T, H_k, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Return the place of this program's rows."""
+    row_blocks = tl.cdiv(GROUP * T, BLOCK_M)
+    block = tl.program_id(0) // row_blocks
+    return (block // H_k).to(tl.int64), (block % H_k).to(tl.int64), tl.program_id(0) % row_blocks * BLOCK_M, T
+
+
+@triton.jit
+def row_offset(place, m, strides, GROUP: tl.constexpr):
+    """Return the offset of row ``m`` of a program in a tensor whose strides begin with those of batch, head and token."""
+    batch, k_head, first_row, T = place
+    row = first_row + m
+    return batch * strides[0] + (k_head * GROUP + row // T) * strides[1] + (row % T).to(tl.int64) * strides[2]
+
+
+@triton.jit
+def is_row(place, m, GROUP: tl.constexpr):
+    """Tell whether a program's block has a row ``m``."""
+    return place[2] + m < GROUP * place[3]
+
+
+@triton.jit
+def load_biases(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
+    """Return what the mask adds to the scores of ``keys``, in float32: -inf for an excluded key and out of bounds.
+
+    A program's rows have ``MASK_ROWS`` different biases, in turns.
+    """
+    biases = ()
+    for m in tl.static_range(MASK_ROWS):
+        if Mask_ptr is None:
+            bias = tl.where(in_bounds, 0.0, float("-inf"))
+        else:
+            mask_ptrs = Mask_ptr + row_offset(place, m, mask_strides, GROUP) + keys * mask_strides[3]
+            readable = in_bounds & is_row(place, m, GROUP)
+            if Mask_ptr.dtype.element_ty == tl.int1:
+                bias = tl.where(tl.load(mask_ptrs, mask=readable, other=0).to(tl.int1), 0.0, float("-inf"))
+            else:
+                bias = tl.load(mask_ptrs, mask=readable, other=float("-inf")).to(tl.float32)
+                bias = tl.where(bias <= FLOOR, float("-inf"), bias)
+        biases = biases + (bias,)
+    return biases
+
+
+@triton.jit
+def is_attended(biases):
+    """Tell which keys at least one of the rows attends to."""
+    attended = biases[0] != float("-inf")
+    for m in tl.static_range(1, len(biases)):
+        attended = attended | (biases[m] != float("-inf"))
+    return attended
+
+
+@triton.jit
+def no_keys_yet(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return the states before the first key."""
+    # One tuple entry a row keeps every tensor two-dimensional: in three dimensions Triton lays keys out anew, through shared memory.
+    states = ()
+    for _ in tl.static_range(BLOCK_M):
+        states = states + ((tl.full([], float("-inf"), tl.float32), tl.full([], 0.0, tl.float32), tl.zeros([BLOCK_D], tl.float32)),)
+    return states
+
+
+@triton.jit
+def attend(states, q_rows, k, v, biases):
+    """Add keys ``[N, BLOCK_D]`` to the states of the query rows ``[BLOCK_D]``, which are scaled by log2(e)."""
+    new_states = ()
+    for m in tl.static_range(len(q_rows)):
+        row_max, row_sum, out = states[m]
+        scores = tl.sum(q_rows[m][None, :] * k.to(tl.float32), axis=1)
+        bias = biases[m % len(biases)]
+        scores = tl.where(bias == float("-inf"), float("-inf"), scores + bias * LOG2_E)
+        new_max = tl.maximum(row_max, tl.max(scores, axis=0))
+        # A row without a live key so far has no maximum to subtract: inf - inf would be NaN.
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(row_max - origin)
+        weights = tl.exp2(scores - origin)
+        out = out * rescale + tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
+        new_states = new_states + ((new_max, row_sum * rescale + tl.sum(weights, axis=0), out),)
+    return new_states
+
+
+@triton.jit
+def attend_key(states, q_rows, k, v, biases):
+    """Add one key ``[BLOCK_D]``, with a scalar bias for each row, to the states of the query rows."""
+    new_states = ()
+    for m in tl.static_range(len(q_rows)):
+        row_max, row_sum, out = states[m]
+        score = tl.sum(q_rows[m] * k.to(tl.float32), axis=0)
+        bias = biases[m % len(biases)]
+        score = tl.where(bias == float("-inf"), float("-inf"), score + bias * LOG2_E)
+        new_max = tl.maximum(row_max, score)
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(row_max - origin)
+        weight = tl.exp2(score - origin)
+        new_states = new_states + ((new_max, row_sum * rescale + weight, out * rescale + weight * v.to(tl.float32)),)
+    return new_states
+
+
+@triton.jit
+def load_tile(X_ptr, stride_s, keys, readable, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load keys or values ``[N, BLOCK_D]`` of the head that begins at ``X_ptr``, zero where they are not readable."""
+    columns = tl.arange(0, BLOCK_D)
+    return tl.load(X_ptr + keys[:, None] * stride_s + columns[None, :], mask=readable[:, None] & (columns < D)[None, :], other=0.0)
+
+
+@triton.jit
+def is_old_key(keys, S, skipped):
+    """Tell which ``keys`` are in the cache and not among the ``skipped``."""
+    is_old = keys < S
+    for t in tl.static_range(len(skipped)):
+        is_old = is_old & (keys != skipped[t])
+    return is_old
+
+
+@triton.jit
+def look_ahead(
+    look, Mask_ptr, mask_strides, place, S, skipped,
+    GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Return a bit for each of the next ``LOOK_AHEAD`` tiles of this split: whether a row attends to one of its keys."""
+    # One look at the mask of several tiles costs one memory latency instead of one per excluded tile.
+    ahead = tl.arange(0, LOOK_AHEAD)
+    tiles = tl.program_id(1) + (look * LOOK_AHEAD + ahead) * tl.num_programs(1)
+    keys = tiles.to(tl.int64)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, MASK_ROWS, FLOOR)
+    return tl.sum(tl.max(is_attended(biases).to(tl.int32), axis=1) << ahead, axis=0)
+
+
+@triton.jit
+def attend_cache(
+    states, q_rows, live_bits, K_ptr, V_ptr, k_stride_s, v_stride_s, Mask_ptr, mask_strides, place, S, skipped,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
+):  # fmt: skip
+    """Add the tiles of keys ``split, split + n_splits, ...`` of one head to the states, but for the rows of the cache in ``skipped``.
+
+    ``live_bits`` is the first look ahead. Neighbouring tiles go to different splits, so that a short filled prefix of a long cache still spreads
+    over the whole GPU.
+    """
+    for look in range(N_LOOKS):
+        next_bits = 0
+        if N_LOOKS > 1:
+            next_bits = look_ahead(look + 1, Mask_ptr, mask_strides, place, S, skipped, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        for i in range(LOOK_AHEAD):
+            if (live_bits >> i) & 1:
+                tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * tl.num_programs(1)
+                keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+                biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, MASK_ROWS, FLOOR)
+                readable = is_attended(biases)
+                k = load_tile(K_ptr, k_stride_s, keys, readable, D, BLOCK_D)
+                v = load_tile(V_ptr, v_stride_s, keys, readable, D, BLOCK_D)
+                states = attend(states, q_rows, k, v, biases)
+        live_bits = next_bits
+    return states
+
+
+@triton.jit
+def store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store the rows ``[B, T, Hq, D]``, or with ``Max_ptr`` what this split contributes to them."""
+    T = place[3]
+    columns = tl.arange(0, BLOCK_D)
+    n_rows = tl.num_programs(0) // tl.cdiv(GROUP * T, BLOCK_M) * GROUP * T
+    for m in tl.static_range(BLOCK_M):
+        row_max, row_sum, out = states[m]
+        in_rows = is_row(place, m, GROUP)
+        out_row = row_offset(place, m, (T * H_k * GROUP, 1, H_k * GROUP), GROUP)
+        if Max_ptr is None:
+            out = out / tl.where(row_sum == 0, 1.0, row_sum)
+        else:
+            out_row += tl.program_id(1).to(tl.int64) * n_rows
+            tl.store(Max_ptr + out_row, row_max, mask=in_rows)
+            tl.store(Sum_ptr + out_row, row_sum, mask=in_rows)
+            in_rows = in_rows & (row_sum > 0)
+        tl.store(Out_ptr + out_row * D + columns, out.to(Out_ptr.dtype.element_ty), mask=(columns < D) & in_rows)
+
+
+@triton.jit
+def _combine_kernel(
+    Partial_ptr, Max_ptr, Sum_ptr, Out_ptr, n_rows, n_splits,
+    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PDL: tl.constexpr,
+):  # fmt: skip
+    announce(HAS_PDL)
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, BLOCK_S)
+    columns = tl.arange(0, BLOCK_D)
+    in_width = columns < D
+    split_rows = splits.to(tl.int64) * n_rows + row
+    wait_for_inputs(HAS_PDL)
+    split_max = tl.load(Max_ptr + split_rows, mask=splits < n_splits, other=float("-inf"))
+    split_sum = tl.load(Sum_ptr + split_rows, mask=splits < n_splits, other=0.0)
+    row_max = tl.max(split_max, axis=0)
+    origin = tl.where(row_max == float("-inf"), 0.0, row_max)
+    rescale = tl.exp2(split_max - origin)
+    row_sum = tl.sum(split_sum * rescale, axis=0)
+    in_bounds = (split_sum > 0)[:, None] & in_width[None, :]
+    partial = tl.load(Partial_ptr + split_rows[:, None] * D + columns[None, :], mask=in_bounds, other=0.0)
+    out = tl.sum(partial * rescale[:, None], axis=0) / tl.where(row_sum == 0, 1.0, row_sum)
+    tl.store(Out_ptr + row * D + columns, out.to(Out_ptr.dtype.element_ty), mask=in_width)
+
+
+@functools.cache
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def choose_splits(n_tiles: int, n_programs: int, device: torch.device) -> int:
+    """Choose how many programs share the tiles of one key head: enough to fill the GPU, one if a second launch would not pay."""
+    if n_tiles <= MAX_TILES_OF_ONE_SPLIT:
+        return 1
+    return max(1, min(n_tiles, MAX_SPLITS, PROGRAMS_PER_SM * _sm_count(device) // n_programs))
+
+
+class Plan(NamedTuple):
+    """The grid of a launch over a cache, with its constants and launch options."""
+
+    grid: tuple[int, int]
+    options: dict[str, Any]
+
+
+def plan_launch(
+    q: torch.Tensor, cache: torch.Tensor, mask: torch.Tensor | None, n_splits: int | None, block_n: int | None, num_warps: int | None
+) -> Plan:
+    """Plan a launch for queries ``[B, Hq, T, D]``, a cache ``[B, Hk, S, D]`` and a mask from :func:`expand_mask`.
+
+    ``n_splits`` (programs that share the keys of one head), ``block_n`` (keys in a tile) and ``num_warps`` override what is chosen. One tile is
+    served fastest by few warps: on an H200, 16 keys of 128 take 2.4 us with one warp and 3.6 us with four.
+    """
+    batch, q_heads, tokens, width = q.shape
+    k_heads, keys = cache.shape[1:3]
+    rows = q_heads // k_heads * tokens
+    block_d = triton.next_power_of_2(width)
+    block_m = min(4, triton.next_power_of_2(rows))
+    block_n = block_n or max(16, min(32, 4096 // block_d, triton.next_power_of_2(keys)))
+    n_tiles = triton.cdiv(keys, block_n)
+    n_programs = batch * k_heads * triton.cdiv(rows, block_m)
+    n_splits = n_splits or choose_splits(n_tiles, n_programs, q.device)
+    tiles_per_split = triton.cdiv(n_tiles, n_splits)
+    look_ahead = min(MAX_LOOK_AHEAD, triton.next_power_of_2(tiles_per_split))
+    options = dict(
+        T=tokens, GROUP=q_heads // k_heads, D=width, MASK_ROWS=_mask_rows(mask, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        N_LOOKS=triton.next_power_of_2(triton.cdiv(tiles_per_split, look_ahead)), LOOK_AHEAD=look_ahead,
+        FLOOR=torch.finfo(mask.dtype).min if mask is not None and mask.dtype != torch.bool else 0.0,
+        IS_ONE_TILE=n_tiles == n_splits == 1, HAS_PDL=has_pdl(q.device), launch_pdl=has_pdl(q.device),
+        num_warps=num_warps or (max(1, block_n * block_d // 2048) if n_tiles == 1 else 4),
+    )  # fmt: skip
+    return Plan((n_programs, n_splits), options)
+
+
+def expand_mask(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> torch.Tensor | None:
+    """Return a mask of full shape for the kernels, which know no float64."""
+    return None if mask is None else (mask.float() if mask.dtype == torch.float64 else mask).expand(*q.shape[:3], keys)
+
+
+def _mask_rows(mask: torch.Tensor | None, block_m: int) -> int:
+    """Count the different rows of an expanded mask among ``block_m`` rows of queries, in which tokens take turns."""
+    if mask is None or mask.stride(1) == mask.stride(2) == 0:
+        return 1
+    return mask.shape[2] if mask.stride(1) == 0 and block_m % mask.shape[2] == 0 else block_m
+
+
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
+    """Return the strides of an expanded mask, which are of no matter without one."""
+    return (0, 0, 0, 0) if mask is None else mask.stride()
+
+
+class Partials(NamedTuple):
+    """Where the programs of a launch store: the result itself, or what each split contributes to it, for :meth:`combine`."""
+
+    out: torch.Tensor
+    max: torch.Tensor | None
+    sum: torch.Tensor | None
+
+    @staticmethod
+    def empty(out: torch.Tensor, n_splits: int) -> "Partials":
+        """Allocate for the result ``out`` ``[B, Hq, T, D]``, in memory ``[B, T, Hq, D]``."""
+        if n_splits == 1:
+            return Partials(out, None, None)
+        n_rows = out.numel() // out.shape[-1]
+        partial = torch.empty((n_splits, n_rows, out.shape[-1]), dtype=torch.float32, device=out.device)
+        return Partials(partial, *torch.empty((2, n_splits, n_rows), dtype=torch.float32, device=out.device))
+
+    def combine(self, out: torch.Tensor) -> torch.Tensor:
+        """Return ``out``, completed by a second launch if several splits contribute."""
+        if self.max is not None:
+            n_splits, n_rows, width = self.out.shape
+            _combine_kernel[(n_rows,)](
+                *self, out, n_rows, n_splits, D=width, BLOCK_S=triton.next_power_of_2(n_splits), BLOCK_D=triton.next_power_of_2(width),
+                HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=4,
+            )  # fmt: skip
+        return out
