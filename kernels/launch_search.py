@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 import triton
@@ -56,8 +57,8 @@ def search(
     return best
 
 
-def microseconds(call: Callable[[Sequence[torch.Tensor]], object], copies: Sequence[Sequence[torch.Tensor]], rounds: int = ROUNDS) -> list[float]:
-    """Return for each round the time of one ``call``, when a CUDA graph of calls with all ``copies`` in turn replays."""
+def microseconds(call: Callable[[Any], object], copies: Sequence[Sequence[Any]], rounds: int = ROUNDS) -> list[float]:
+    """Return for each round the time of one ``call``, when a CUDA graph of calls with all ``copies``, whose first is a tensor, in turn replays."""
     inputs = [*copies] * math.ceil(LAUNCHES / len(copies))
     device = copies[0][0].device
     stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()

@@ -215,8 +215,8 @@ def test_a_range_of_layers_is_rewritten_in_stacks_compiled_whole():
     with collect() as report:
         codes = speak(engine, prompt(talker, [9]), settings()).codes
     assert torch.equal(codes, generate_codes(talker, 32, [9]))
-    steps = [kernels(graph) for graph in report.graphs if "attention" in graph.kernels]
-    assert len(steps) == 3 and all(step["attention"] == 2 for step in steps)
+    steps = [kernels(graph)["qk_norm_rope_attention"] for graph in report.graphs]
+    assert [count for count in steps if count] == [2, 2, 2]
 
 
 def test_a_frame_can_be_compiled_as_one_function():
