@@ -19,7 +19,7 @@ from bench.models import build, parameters
 from bench.speech import arguments_of, main, table
 from bench.task import CHECKED_FRAMES, Task, WrongCodes, agreement, check, generate
 from bench.timing import SKIPS, figure
-from bench.worker import Run
+from bench.run import Run
 
 
 @pytest.fixture(scope="module")
