@@ -35,8 +35,8 @@ from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_reference, norm_swiglu_triton
-from qtts_compile.kernels.rms_norm import rms_norm_triton
-from qtts_compile.kernels.swiglu import swiglu_triton
+from qtts_compile.kernels.rms_norm import rms_norm
+from qtts_compile.kernels.swiglu import swiglu
 
 EPS = 1e-6
 H200_BANDWIDTH = 4.27  # TB/s that a copy reaches
@@ -91,9 +91,9 @@ CASES = [
 ]
 
 
-def build_arguments(case: Case, rows: int, device: str, copies: int = 1) -> list[tuple[Any, ...]]:
+def build_arguments(case: Case, rows: int, device: str, copies: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[tuple[Any, ...]]:
     """Return random arguments of the operator: ``copies`` sets of weights, each with the same x and residual, which the L2 cache may hold."""
-    new = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    new = partial(torch.randn, dtype=dtype, device=device)
     x, residual = new(rows, case.width), new(rows, case.outputs)
     sets = []
     for _ in range(copies):
@@ -120,9 +120,9 @@ def call_library(case: Case, x: torch.Tensor, *others: Any) -> Any:
         weight, bias, residual = others
         return residual + linear(x, weight, bias)
     norm_weight, first, second, eps = others
-    normed = x if norm_weight is None else rms_norm_triton(x, norm_weight, eps)
+    normed = x if norm_weight is None else rms_norm(x, norm_weight, eps)
     if case.op == "norm_swiglu":
-        return swiglu_triton(linear(normed, first), linear(normed, second))
+        return swiglu(linear(normed, first), linear(normed, second))
     return [linear(normed, weight, bias) for weight, bias in zip(first, second, strict=True)]
 
 

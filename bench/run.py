@@ -65,7 +65,7 @@ class Run:
         row, started = dict(named), time.perf_counter()
         try:
             yield row
-            if self.failed and "figures" in row:
+            if self.failed and row.keys() & {"figures", "breakdown"}:
                 raise FailedParity(f"that of {self.failed[0]!r} failed")
         except Exception as error:
             traceback.print_exc()

@@ -31,20 +31,27 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as text: a line for each speed, then a line for each other row, then what is missing."""
-    titles = {COMPILE: f"{'compile s':>10}", SKIPS: f"{'skips':>6}", "allocated, frames": f"{'GiB':>6}", "reserved, frames": f"{'reserved':>9}"}
-    lines = [f"{'rows':12} {'frames':26} {'ms/frame':>9} {'min':>9} {'max':>9} {'audio s/s':>10} " + " ".join(titles.values())]
+    titles = {COMPILE: "compile s", SKIPS: "skips", "allocated, frames": "GiB", "reserved, frames": "reserved"}
+    titles |= {"keys and values read": "KV MB", "floor": "floor ms"}
+    width = max([12, *(len(row["job"]) for row in rows if "ms_per_frame" in row)])
+    lines = [
+        f"{'rows':{width}} {'frames':26} {'ms/frame':>9} {'min':>9} {'max':>9} {'audio s/s':>10} "
+        + " ".join(f"{title:>9}" for title in titles.values())
+    ]
     for row in rows:
         if speed := row.get("ms_per_frame"):
-            of_job = {label: value for other in reversed(rows) if other["job"] == row["job"] for label, value in other.get("figures", {}).items()}
-            cells = [f"{median(of_job[label]) if label in of_job else '-':>{len(title)}}" for label, title in titles.items()]
+            known = {label: value for other in reversed(rows) if other["job"] == row["job"] for label, value in other.get("figures", {}).items()}
+            known |= row["figures"]
+            cells = [f"{median(known[label]) if label in known else '-':>9}" for label in titles]
             spread = " ".join(f"{speed[end]:9.2f}" for end in ("median", "min", "max"))
             audio = row["figures"]["audio"]["median"]
-            lines.append(f"{row['job']:12} {row['row'].removeprefix('frames at '):26} {spread} {audio:10.2f} {' '.join(cells)}")
+            lines.append(f"{row['job']:{width}} {row['row'].removeprefix('frames at '):26} {spread} {audio:10.2f} {' '.join(cells)}")
     for row in rows:
         if "ms_per_frame" not in row and not row["row"].startswith("compile") and row.get("figures"):
             figures = "; ".join(f"{label} {median(value)} {value['unit']}".rstrip() for label, value in row["figures"].items())
             lines.append(f"{row['job']}, {row['row']}: {figures}")
-    lines += [f"{row['job']}, {row['row']}: {row.get('error') or row['skipped']}" for row in rows if "error" in row or "skipped" in row]
+    lines += [f"{row['job']}, {row['row']}: FAILED {row['error']}" for row in rows if "error" in row]
+    lines += [f"{row['job']}, {row['row']}: {row['skipped']}" for row in rows if "skipped" in row]
     return "\n".join(lines)
 
 
