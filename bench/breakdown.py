@@ -11,8 +11,8 @@ where they add up to less, the rest is "idle". "weights floor" is the time in wh
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -46,9 +46,9 @@ def classify(name: str) -> str:
     return next((kind for kind, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), "rest")
 
 
-def attribute(kernels: Iterable[Kernel]) -> Counter[str]:
+def attribute(kernels: Iterable[Kernel]) -> dict[str, float]:
     """Return the microseconds of each name; an instant belongs to the running kernel that ends first."""
-    shares: Counter[str] = Counter()
+    shares: defaultdict[str, float] = defaultdict(float)
     covered: list[tuple[float, float]] = []  # disjoint, in order: what kernels that ended before have
     for kernel in sorted(kernels, key=lambda kernel: (kernel.end, kernel.start)):
         start, taken = kernel.start, 0.0
@@ -61,9 +61,9 @@ def attribute(kernels: Iterable[Kernel]) -> Counter[str]:
     return shares
 
 
-def parts(shares: Counter[str], frame_us: float, floor_us: float) -> dict[str, float]:
+def parts(shares: Mapping[str, float], frame_us: float, floor_us: float) -> dict[str, float]:
     """Return the microseconds of a frame's :data:`PARTS`, which add up to ``frame_us``, from those of each kernel."""
-    classes: Counter[str] = Counter()
+    classes = dict.fromkeys([*CLASSES, "rest"], 0.0)
     for name, us in shares.items():
         classes[classify(name)] += us
     busy = sum(classes.values())
@@ -77,13 +77,12 @@ def parts(shares: Counter[str], frame_us: float, floor_us: float) -> dict[str, f
 
 def traced(call: Callable[[], Any]) -> list[Kernel]:
     """Return what the GPU runs in a call."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as run:
         call()
         torch.cuda.synchronize()
-    events = (event for event in run.events() or () if event.device_type == DeviceType.CUDA)
+    events = (event for event in run.events() or () if event.device_type.name == "CUDA")
     return [Kernel(event.name, event.time_range.start, event.time_range.end) for event in events]
 
 
@@ -96,11 +95,10 @@ def trace(run: Run, speak: Callable[[int], Any], talker: Any, position: int, bat
         # Frames overlap with the host's work on others: the difference of two runs is what one more takes.
         frame_us = 1000 * median((milliseconds(lambda: speak(LONG)) - milliseconds(lambda: speak(SHORT))) / count for _ in range(run.repeats))
         short, long = (traced(lambda frames=frames: speak(frames)) for frames in (SHORT, LONG))
-        shares = attribute(long)
-        shares.subtract(attribute(short))
+        once, more = attribute(short), attribute(long)
         launches = Counter(kernel.name for kernel in long)
         launches.subtract(Counter(kernel.name for kernel in short))
-        shares = Counter({name: us / count for name, us in shares.items() if us > 0})
+        shares = {name: gained / count for name, us in more.items() if (gained := us - once.get(name, 0.0)) > 0}
         row["breakdown"] = parts(shares, frame_us, weight_bytes(talker) / copy_bandwidth() / 1e6)
         row["traced"] = {"us": sum(shares.values()), "kernels": launches.total() / count, "batch": batch}
         path = Path(run.profile or ".") / f"{run.job}.txt"

@@ -58,7 +58,6 @@ def draw_frames(rows: Sequence[Row], title: str, path: Path) -> bool:
     spread = [[speed["median"] - speed["min"] for _, speed in speeds], [speed["max"] - speed["median"] for _, speed in speeds]]
     bars = axes.barh([label for label, _ in speeds], medians, xerr=spread, color=COLOURS["weights floor"], ecolor="#333333")
     axes.bar_label(bars, [f" {median:.2f}" for median in medians], padding=3)
-    axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.invert_yaxis()
     axes.set_xlabel("ms per frame of 80 ms: median, least and greatest")

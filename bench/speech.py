@@ -34,10 +34,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     titles = {COMPILE: "compile s", SKIPS: "skips", "allocated, frames": "GiB", "reserved, frames": "reserved"}
     titles |= {"keys and values read": "KV MB", "floor": "floor ms"}
     width = max([12, *(len(row["job"]) for row in rows if "ms_per_frame" in row)])
-    lines = [
-        f"{'rows':{width}} {'frames':26} {'ms/frame':>9} {'min':>9} {'max':>9} {'audio s/s':>10} "
-        + " ".join(f"{title:>9}" for title in titles.values())
-    ]
+    heads = f"{'rows':{width}} {'frames':26} {'ms/frame':>9} {'min':>9} {'max':>9} {'audio s/s':>10}"
+    lines = [" ".join([heads, *(f"{title:>9}" for title in titles.values())])] if any("ms_per_frame" in row for row in rows) else []
     for row in rows:
         if speed := row.get("ms_per_frame"):
             known = {label: value for other in reversed(rows) if other["job"] == row["job"] for label, value in other.get("figures", {}).items()}
