@@ -18,6 +18,7 @@ from typing import Any
 
 from bench.registry import Job
 from bench.run import Run, describe, last_line
+from qtts_compile.options import MODES
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -27,7 +28,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile-first", action="store_true", help="fill the compile cache with several processes at a time before anything is timed"
     )
-    parser.add_argument("--mode", help="torch.compile's mode in place of each row's own, or none (default with --tiny)")
+    parser.add_argument(
+        "--mode", choices=(*MODES, "none"), metavar="MODE", help="torch.compile's mode in place of each row's own, or none (default with --tiny)"
+    )
     parser.add_argument("--frames", type=int, default=100, help="frames that each run makes (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs that are timed (default: %(default)s)")
     parser.add_argument("--time-limit", type=float, default=300, help="seconds that a process may take (default: %(default)s)")
