@@ -61,8 +61,9 @@ def jobs_of(arguments: argparse.Namespace) -> dict[str, Job]:
     jobs: dict[str, Job] = {}
     for level in arguments.levels or LEVELS:
         if level == "kernels":
-            given = {"rows": batches} | ({"cases": arguments.cases} if arguments.cases else {})
-            jobs["kernels"] = Job("bench.kernels:kernels", given, torch_mode="max-autotune-no-cudagraphs")
+            for rows in batches:
+                given = {"rows": rows} | ({"cases": arguments.cases} if arguments.cases else {})
+                jobs[f"kernels rows {rows}"] = Job("bench.kernels:kernels", given, torch_mode="max-autotune-no-cudagraphs")
         for size in arguments.sizes if level != "kernels" else ():
             if level == "e2e":
                 jobs[f"checkpoint-{size}"] = checkpoint_job(size)

@@ -26,14 +26,13 @@ class WrongResult(FailedParity):
     """A kernel's result that the formula would not give."""
 
 
-def kernels(run: Run, rows: Sequence[int] = (1,), cases: Sequence[str] = tuple(KERNEL_CASES)) -> None:
+def kernels(run: Run, rows: int = 1, cases: Sequence[str] = tuple(KERNEL_CASES)) -> None:
     """Check and time every case with so many ``rows`` of x: texts spoken together."""
     for name in cases:
-        for count in rows:
-            torch.compiler.reset()
-            run.failed.clear()  # a kernel's failure is its own
-            with run.row(f"{name}, rows: {count}") as row, torch.inference_mode():
-                measure(run, KERNEL_CASES[name], count, row)
+        torch.compiler.reset()
+        run.failed.clear()  # a kernel's failure is its own
+        with run.row(f"{name}, rows: {rows}") as row, torch.inference_mode():
+            measure(run, KERNEL_CASES[name], rows, row)
 
 
 def measure(run: Run, case: KernelCase, rows: int, row: dict[str, Any]) -> None:

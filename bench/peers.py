@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -114,6 +115,11 @@ class Graphs:
         self.step = self._captured(TalkerGraph(talker.model, talker.config, max_seq_len=slots))
         self.sampled = self.predictor(True)
 
+    @functools.cached_property
+    def greedy(self) -> Any:
+        """The graph of the code predictor that chooses greedily."""
+        return self.predictor(False)
+
     def predictor(self, do_sample: bool) -> Any:
         """Return a graph of the code predictor that samples or chooses greedily."""
         from faster_qwen3_tts.predictor_graph import PredictorGraph  # pyright: ignore[reportMissingImports]
@@ -158,17 +164,17 @@ def graphs(
         started = time.perf_counter()
         graphs = Graphs(talker, slots)
         row["figures"] = {COMPILE: figure(time.perf_counter() - started, "s")}
+    judge: Any = None
     for position in positions or (PROMPT,):
         with run.row(f"frames at positions {position} to {position + run.frames}") as row:
             task = Task.of(talker, [position], run.frames)
             graphs.speak(task)
             times = [graphs.speak(task)[1] for _ in range(run.repeats)]
-            used = memory("frames")
-            greedy = Task.of(talker, [position], CHECKED_FRAMES, greedy=True)
-            codes = graphs.speak(greedy, graphs.predictor(False))[0]
+            used = memory("frames") if judge is None else {}  # which takes memory of its own
             # The patches stand in the model itself, so a model of its own judges.
-            judge = models.build(size, run.device, run.dtype).model.talker if patched else talker
-            row["check"] = check(judge, greedy, codes[None])
+            judge = judge or (models.build(size, run.device, run.dtype).model.talker if patched else talker)
+            greedy = Task.of(talker, [position], CHECKED_FRAMES, greedy=True)
+            row["check"] = check(judge, greedy, graphs.speak(greedy, graphs.greedy)[0][None])
             if cache is not None:
                 row["note"] = told_by(cache)
             enter_speed(row, times)

@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--compile-first", action="store_true", help="fill the compile cache with several processes at a time before anything is timed"
     )
     parser.add_argument(
-        "--mode", choices=(*MODES, "none"), metavar="MODE", help="torch.compile's mode in place of each row's own, or none (default with --tiny)"
+        "--mode", choices=(*MODES, "none"), metavar="MODE", help="torch.compile's in place of each row's own; none compiles nothing (as --tiny does)"
     )
     parser.add_argument("--frames", type=int, default=100, help="frames that each run makes (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs that are timed (default: %(default)s)")

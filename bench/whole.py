@@ -92,7 +92,7 @@ def graphs(run: Run, size: models.Size = "1.7b", patched: bool = False, turboqua
         return Speaker(
             talker,
             faster.generate_custom_voice,
-            lambda task: recorded.speak(task, recorded.predictor(False))[0][None],
+            lambda task: recorded.speak(task, recorded.greedy)[0][None],
             stream,
             patched,
             str if cache is None else lambda: told_by(cache),

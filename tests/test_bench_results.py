@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-import bench.readme as readme
+from bench import readme, tables
 from bench.breakdown import PARTS, Kernel, attribute, classify, parts
 from bench.plots import main as plot
 from bench.registry import MODES
@@ -31,9 +31,9 @@ def test_readme_names_every_mode():
     ],
 )
 def test_a_changed_figure_changes_the_tables(name, change, shown, tmp_path, monkeypatch, capsys):
-    shutil.copytree(readme.RESULTS, tmp_path / "results")
+    shutil.copytree(tables.RESULTS, tmp_path / "results")
     shutil.copy(readme.README, tmp_path / "README.md")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     assert readme.main(["--check"]) == 0
     file = tmp_path / "results" / f"{name}.json"
@@ -49,25 +49,62 @@ def test_a_changed_figure_changes_the_tables(name, change, shown, tmp_path, monk
 
 
 def test_a_row_that_failed_makes_no_table(tmp_path, monkeypatch):
-    shutil.copytree(readme.RESULTS, tmp_path / "results")
-    monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
+    shutil.copytree(tables.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
     file = tmp_path / "results" / "decode_step-1.7b-h200.json"
     content = json.loads(file.read_text())
     content["rows"][0]["ms"] = None  # as bench.decode_step writes where the cosine is too low
     file.write_text(json.dumps(content))
     with pytest.raises(LookupError, match="decode_step-1.7b-h200.json.*'eager'.*a failed check; measure it again"):
-        readme.decode_step()
+        tables.decode_step(tables.Results("decode_step-1.7b-h200"))
 
 
-@pytest.mark.parametrize("wrong", ["<!-- bench: decoding -->", ""])
-def test_markers_and_tables_belong_together(wrong):
-    text = readme.README.read_text().replace("<!-- bench: decoder -->", wrong)
-    with pytest.raises(LookupError, match="README has markers for .*it needs one for each of speech, batches, starts, decoder, decode-step"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("<!-- bench: decoding decoder-h200 -->", "names a table 'decoding'; there are speech, "),
+        ("<!-- bench: decoder decoder-h300 -->", "names results 'decoder-h300' and there is no .*decoder-h300.json; there are .*decoder-h200"),
+        ("<!-- bench: decoder -->", "has a marker that is not"),
+        ("<!-- bench: decoder decoder-h200 --> <!-- bench: kernels x -->", "has a marker that is not"),
+    ],
+)
+def test_a_marker_that_makes_no_table_is_an_error(wrong, message):
+    text = readme.README.read_text().replace("<!-- bench: decoder decoder-h200 -->", wrong)
+    with pytest.raises(LookupError, match=message):
         readme.generated(text)
 
 
+def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
+    def of(**medians):
+        return {label.replace("_", " "): figure(value, "") for label, value in medians.items()}
+
+    moved = {"of the floor": figure(81.4, "%"), "PyTorch's own": figure(7.25, "us")}
+    named = {"mode": "hybrid", "size": "1.7b", "batch": 8}
+    others = {"of it torch.compile": figure(25.0, "s"), "allocated, text to waveform": figure(4.3, "GiB")}
+    figures = of(load=4.0, first_call=30.0, first_audio=10.0, x_real_time=27.5)
+    rows = [
+        {"job": "kernels rows 1", "row": "talker qkv, rows: 1", "figures": of(kernel=5.5, achieved=3.05) | moved},
+        {"job": "frame hybrid 1.7b batch 8", "row": "compile", **named, "figures": of(compile=3.0)},
+        {"job": "frame hybrid 1.7b batch 8", "row": "frames at positions 512 to 612", **named,
+         "figures": of(frame=4.0, audio=160.0, floor=1.35, keys_and_values_read=520.0)},
+        {"job": "frame base 1.7b batch 8", "row": "frames at positions 512 to 612", **named, "error": "parity: WrongCodes"},
+        {"job": "e2e hybrid 1.7b", "row": "text to waveform", **named, "figures": figures | others},
+    ]  # fmt: skip
+    machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
+    (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "qtts bench --json x", "rows": rows}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = {name: tables.TABLES[name](tables.Results("suite")).splitlines() for name in ("kernels", "frame", "e2e")}
+    assert {line[0] for line in lines.values()} == {"G, torch 2, triton 3, transformers 4, 2026-11-24: `qtts bench` (`bench/results/suite.json`)."}
+    assert lines["kernels"][4:] == ["| talker qkv, rows: 1 | 5.50 | 3.05 | 81% | 7.25 | |"]
+    assert lines["frame"][4:] == ["| `hybrid` | 1.7b | 8 | 512 | 4.00 | 160.00 | 1.35 | 520 |"]
+    assert lines["e2e"][4:] == ["| `hybrid` | 1.7b | 4.0 | 30.0 | 25.0 | 10.0 | 27.5 | 4.3 |"]
+    (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows[:1]}))
+    with pytest.raises(LookupError, match="suite.json has no rows of `qtts bench frame`"):
+        tables.frame(tables.Results("suite"))
+
+
 def test_commands_are_shown_without_where_they_wrote():
-    assert readme.shown_command("python -m bench.speech --budget 5 --rows 'qtts' eager --json /root/x.json --repeats 3") == (
+    assert tables.shown_command("python -m bench.speech --budget 5 --rows 'qtts' eager --json /root/x.json --repeats 3") == (
         "python -m bench.speech --rows qtts eager --repeats 3"
     )
 
