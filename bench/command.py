@@ -51,6 +51,8 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
             if not low <= value <= high:
                 parser.error(f"--{name} {value}: give {low} to {high}")
     check_options(parser, arguments)
+    if arguments.tiny:
+        arguments.sizes = ["tiny"]
     return arguments
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,25 +14,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import linears
-from bench.linears import COLD_BYTES
 from bench.registry import POSITIONS
-from qtts_compile.kernels import (  # fmt: skip
-    add_rms_norm,
-    decode_attention,
-    kv_write,
-    linear_add,
-    norm_linears,
-    norm_swiglu,
-    qk_norm_rope_kv_write,
-    rms_norm,
-    rotary,
-    sample,
-    swiglu,
-)
+from qtts_compile.kernels.launch_search import COLD_BYTES
 
 HEADS, KV_HEADS, WIDTH, EPS = 16, 8, 128, 1e-6
 SECTIONS = [24, 20, 20]
-MODULES = (add_rms_norm, decode_attention, kv_write, linear_add, norm_linears, norm_swiglu, qk_norm_rope_kv_write, rms_norm, rotary, sample, swiglu)
 
 
 @dataclass(frozen=True)
@@ -57,13 +44,16 @@ class KernelCase:
     @property
     def kernel(self) -> Callable[..., Any]:
         """The operator, which runs the kernel on a GPU and plain PyTorch on a CPU."""
-        return getattr(torch.ops.qtts, self.op)
+        return getattr(self._module, self.op)
 
     @property
     def reference(self) -> Callable[..., Any]:
         """The same in plain PyTorch, as a model spells it."""
-        name = f"{self.op}_reference"
-        return next(getattr(module, name) for module in MODULES if hasattr(module, name))
+        return getattr(self._module, f"{self.op}_reference")
+
+    @property
+    def _module(self) -> Any:
+        return import_module(f"qtts_compile.kernels.{self.op}")
 
     def copies(self, rows: int, size: int) -> int:
         """Return how many sets of arguments it takes that none is found in the L2 cache when its turn comes again."""
@@ -100,16 +90,22 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor
     return scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
-def _qk_norm(name: str, slots: int, sections: list[int]) -> KernelCase:
+def _qk_norm(name: str, slots: int, sections: list[int], position: int, attends: bool = False) -> KernelCase:
+    """Return a case of ``qk_norm_rope_kv_write``, or with ``attends`` of that and attention in one launch."""
+
     def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
         new = partial(torch.randn, device=device, dtype=dtype)
         angles = (len(sections), 1, 1, WIDTH) if sections else (1, 1, WIDTH)
-        caches = (torch.zeros(rows, KV_HEADS, slots, WIDTH, device=device, dtype=dtype) for _ in range(2))
-        states = (new(rows, heads, 1, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
-        position = torch.tensor([slots // 2], device=device)
-        return [(*states, new(WIDTH), new(WIDTH), EPS, EPS, new(angles), new(angles), sections, bool(sections), *caches, position)]
+        states = [new(rows, heads, 1, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        given = (*states, new(WIDTH), new(WIDTH), EPS, EPS, new(angles), new(angles), sections, bool(sections))
+        mask = (torch.arange(slots, device=device) <= position)[None, None, None]
+        rest = (torch.tensor([position], device=device), *((mask, WIDTH**-0.5) if attends else ()))
+        return [(*given, *(new(rows, KV_HEADS, slots, WIDTH) for _ in range(2)), *rest) for _ in range(copies)]
 
-    return KernelCase(name, "qk_norm_rope_kv_write", arguments, written=(11, 12))
+    def read_bytes(rows: int, size: int) -> float:
+        return rows * 2 * KV_HEADS * position * WIDTH * size if attends else 0
+
+    return KernelCase(name, "qk_norm_rope_attention" if attends else "qk_norm_rope_kv_write", arguments, read_bytes, written=(11, 12))
 
 
 def _sample(name: str, vocabulary: int, is_penalised: bool) -> KernelCase:
@@ -144,17 +140,20 @@ def _rows(name: str, op: str, *shapes: tuple[int, ...], eps: bool = True) -> Ker
 
 def _cases() -> Iterator[KernelCase]:
     yield from map(_linear, linears.CASES)
-    for position in POSITIONS:
-        yield _attention(f"talker attention, position {position}", -(-(position + 1) // 1024) * 1024, position)
-    yield _attention("predictor attention", 16, 8)
-    yield _qk_norm("talker qk-norm, rotary, kv-write", 2048, SECTIONS)
-    yield _qk_norm("predictor qk-norm, rotary, kv-write", 16, [])
-    yield _sample("talker sampler", 3072, True)
-    yield _sample("predictor sampler", 2048, False)
-    for width, owner, inner in ((2048, "talker", 6144), (1024, "predictor", 3072)):
+    for owner, width, inner in (("talker", 2048, 6144), ("predictor", 1024, 3072)):
         yield _rows(f"{owner} norm", "rms_norm", (0, width), (width,))
         yield _rows(f"{owner} add, norm", "add_rms_norm", (0, width), (0, width), (width,))
         yield _rows(f"{owner} swiglu", "swiglu", (0, inner), (0, inner), eps=False)
+    for position in POSITIONS:
+        slots = -(-(position + 1) // 1024) * 1024
+        yield _attention(f"talker attention, position {position}", slots, position)
+        yield _qk_norm(f"talker qk-norm, rotary, attention, position {position}", slots, SECTIONS, position, attends=True)
+    yield _attention("predictor attention", 16, 8)
+    yield _qk_norm("predictor qk-norm, rotary, attention", 16, [], 8, attends=True)
+    yield _qk_norm("talker qk-norm, rotary, kv-write", 2048, SECTIONS, 100)
+    yield _qk_norm("predictor qk-norm, rotary, kv-write", 16, [], 8)
+    yield _sample("talker sampler", 3072, True)
+    yield _sample("predictor sampler", 2048, False)
 
 
 KERNEL_CASES = {case.name: case for case in _cases()}

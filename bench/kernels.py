@@ -6,7 +6,6 @@ cached keys come from memory, as in a frame. A result is checked against the for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 
 from bench.kernel_cases import KERNEL_CASES, KernelCase
-from bench.linears import is_accurate, microseconds, widened
+from bench.linears import is_accurate, widened
 from bench.reads import copy_bandwidth
 from bench.run import FailedParity, Run
 from bench.timing import figure, milliseconds
-
-CALLS = 40  # in a CUDA graph, at least
+from qtts_compile.kernels.launch_search import microseconds
 
 
 class WrongResult(FailedParity):
@@ -41,7 +39,6 @@ def measure(run: Run, case: KernelCase, rows: int, row: dict[str, Any]) -> None:
     copies = 1 if run.tiny else case.copies(rows, size)
     sets = case.arguments(rows, run.device, run.dtype, copies)
     row["check"] = check(case, sets[0])
-    sets *= math.ceil(CALLS / copies)
     row["figures"] = {"kernel": timed(run, case.kernel, sets)}
     if read := case.read_bytes(rows, size):
         row["figures"]["read"] = figure(read / 1e6, "MB")
@@ -59,12 +56,15 @@ def measure(run: Run, case: KernelCase, rows: int, row: dict[str, Any]) -> None:
 
 def timed(run: Run, function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
     """Return the figure of the microseconds of a call."""
-    calls = [partial(function, *arguments) for arguments in sets]
+
+    def call(arguments: Any) -> Any:
+        return function(*arguments)
+
     if run.tiny:
-        return figure([1000 * milliseconds(calls[0]) for _ in range(run.repeats)], "us")
-    for call in calls[:3]:  # compiles, and lets Inductor choose
-        call()
-    return figure(microseconds(calls, run.repeats), "us")
+        return figure([1000 * milliseconds(partial(call, sets[0])) for _ in range(run.repeats)], "us")
+    for arguments in sets[:3]:  # compiles, and lets Inductor choose
+        call(arguments)
+    return figure(microseconds(call, sets, run.repeats), "us")
 
 
 def check(case: KernelCase, arguments: tuple[Any, ...]) -> str:

@@ -104,7 +104,7 @@ class Bench:
             tiny=arguments.tiny,
             compile_only=compile_only,
             started=time.time(),
-            labels=job.labels,
+            labels=self._labels(job),
         )
         with rows.with_suffix(".log").open("wb") as log:
             process = subprocess.Popen(
@@ -115,6 +115,9 @@ class Bench:
                 preexec_fn=os.setpgrp,  # no session of its own: what stops this process must be able to stop that one
             )
         return process, rows
+
+    def _labels(self, job: Job) -> dict[str, Any]:
+        return job.labels | ({"size": "tiny"} if self.arguments.tiny and "size" in job.labels else {})
 
     def _cache(self, job: Job) -> dict[str, str]:
         directory = self.arguments.folder / ("cache" if job.cache == "shared" else "cold-start-cache")
@@ -138,7 +141,7 @@ class Bench:
 
     def _tell(self, job: str, row: str, seconds: float = 0.0, **outcome: str) -> None:
         """Keep and print a row that the job itself did not write."""
-        told = {"job": job, "row": row, **self.jobs[job].labels, "seconds": seconds, **outcome}
+        told = {"job": job, "row": row, **self._labels(self.jobs[job]), "seconds": seconds, **outcome}
         self._keep([told])
         print(describe(told), flush=True)
 

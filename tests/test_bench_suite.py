@@ -86,15 +86,15 @@ def test_a_mode_whose_codes_are_wrong_gets_no_speed(command, monkeypatch):
     monkeypatch.setitem(MODES, "wrong", Mode("fast and wrong", "tests.wrong_runner:frames", torch_mode="default"))
     status, printed, rows = command("frame", "--modes", "wrong", "hybrid", "base+tq", "--positions", "64", "80")
     of = {mode: [row for row in rows if row["mode"] == mode] for mode in ("wrong", "hybrid", "base+tq")}
-    assert status == 1
+    assert status == 1 and {row["size"] for row in rows} == {"tiny"}
     wrong = [row for row in of["wrong"] if row["row"].startswith("frames")]
     assert len(wrong) == 2 and all(row["error"].startswith("parity: WrongCodes: 256 greedy choices") for row in wrong)
     assert not any(row.keys() & {"figures", "ms_per_frame", "breakdown"} for row in wrong)
-    assert "frame wrong 1.7b batch 1, frames at positions 64 to 66: FAILED parity: WrongCodes" in printed
+    assert "frame wrong tiny batch 1, frames at positions 64 to 66: FAILED parity: WrongCodes" in printed
     assert [row["ms_per_frame"]["repeats"] for row in of["hybrid"] if "ms_per_frame" in row] == [3, 3]
     table = [line for line in printed.splitlines() if line.startswith("frame ")]
     assert sum("positions 64 to 66 " in line for line in table) == 1  # hybrid's
-    assert "base+tq 1.7b batch 1, all: SKIPPED: not available yet" in printed
+    assert "base+tq tiny batch 1, all: SKIPPED: not available yet" in printed
 
 
 def test_no_figure_is_told_after_a_failed_check(run, capsys):  # noqa: F811
