@@ -1,7 +1,7 @@
 """Per-head RMSNorm of queries and keys, rotary embedding, KV-cache write and attention of a decode step in one launch, or two for long caches."""
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportPossiblyUnbound=false
 # Triton's stubs type a launch as a call of the kernel itself, without its launch options, and do not know its static loops and tuples.
 
 import torch

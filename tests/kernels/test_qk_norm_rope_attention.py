@@ -1,3 +1,8 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Arguments are cut from lists, whose lengths pyright takes for unknown.
+
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -38,7 +43,7 @@ def places(draw):
 def make_arguments(
     seed, batch, heads, slots, position, variant, dtype, device, mask_kind="bool", mask_dtype=torch.float32, layout="transposed",
     cache_layout="contiguous", q_norm=True, k_norm=True,
-):  # fmt: skip
+) -> list[Any]:  # fmt: skip
     width, sections, interleaved = variant
     tokens = len(position)
     q = random_tensor(seed, (batch, heads[0], tokens, width), dtype, device, layout)
@@ -179,7 +184,7 @@ def test_one_of_two_tokens_at_the_same_position_is_kept(device, slots, n_splits,
     arguments = make_arguments(0, 2, (4, 2), slots, [5, 5 - slots], (40, [], False), torch.float32, device, kind)
     expected = []
     for kept in range(2):
-        one = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+        one: list[Any] = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
         one[1:3] = (x[:, :, [kept, kept]] for x in one[1:3])
         one[7:9] = (x[:, [0, 1]] for x in one[7:9])
         single = [x[:, :, kept : kept + 1] for x in one[:3]]
