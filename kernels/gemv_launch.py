@@ -10,7 +10,7 @@ from qtts_compile.kernels.launch_search import can_search, search
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.pdl import has_pdl
 
-MAX_MULTIPLIED_ROWS = 4  # in half precision more rows go to the tensor cores, whose tiles have at least 8
+MAX_MULTIPLIED_ROWS = 2  # in half precision more rows go to the tensor cores, whose tiles have at least 8
 BYTES_IN_FLIGHT = 256  # of weights for each thread, in 64 registers
 MIN_SEARCHED_BYTES = 1e6  # of weights: with less to read, launches differ by nothing that can be measured
 
@@ -51,13 +51,13 @@ def launch_options(
 def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Launch:
     """Choose by rule for ``rows`` rows of x and ``matrices`` weights ``[outputs, width]``, of which a program reads the same rows.
 
-    For up to 4 rows: about 16 KiB of weights a program, but at least 400 programs, three for each multiprocessor of an H200.
+    For 1 or 2 rows: about 16 KiB of weights a program, but at least 400 programs, three for each multiprocessor of an H200.
     """
     block_m = triton.next_power_of_2(rows)
     whole_row = triton.next_power_of_2(width)
     is_half = dtype.itemsize == 2
     if is_half and rows > MAX_MULTIPLIED_ROWS:
-        return Launch(max(8, block_m), 16 // matrices, max(16, min(1024, whole_row)), 8 if width > 1024 else 4)
+        return Launch(max(8, block_m), 16 // matrices, max(16, min(1024, whole_row)), 8 if rows > 8 and width > 1024 else 4)
     # Warps lie along a row, each lane with 16 bytes of half precision.
     num_warps = min(8 if width > 2048 else 4, max(1, whole_row // 256))
     elements = 2048 * num_warps // (1 if is_half else max(2, block_m))
@@ -70,7 +70,7 @@ def candidates(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices
     launches = [choose_launch(rows, outputs, width, dtype, matrices)]
     block_m = triton.next_power_of_2(rows)
     whole_row, lane = triton.next_power_of_2(width), 16 // dtype.itemsize
-    if rows <= MAX_MULTIPLIED_ROWS or dtype.itemsize > 2:
+    if rows <= 4 or dtype.itemsize > 2:
         for num_warps in (1, 2, 4, 8):
             for block_n in (2, 4, 8, 16):
                 in_thread = block_n * matrices * width / (32 * num_warps)
