@@ -2,13 +2,17 @@
 # make test      the test suite on stack A (qwen-tts, transformers 4.57)
 # make test-hf5  the test suite on stack B (qwen-tts-hf, transformers 5)
 # make lint      ruff and pyright
+# make bench     measure everything on this machine's GPU, draw it: bench/results/suite.json and pictures beside it
+# make readme    write README's tables from bench/results
 # make clean     remove what the others made
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 JOBS ?= $(shell nproc)
+BENCH_ARGS ?=
+RESULTS = bench/results
 
-.PHONY: demo test test-hf5 lint clean
+.PHONY: demo test test-hf5 lint bench readme clean
 
 demo: .venv/.installed
 	.venv/bin/qtts demo
@@ -23,6 +27,13 @@ lint: .venv/.installed-dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright --pythonpath .venv/bin/python
+
+bench: .venv/.installed
+	.venv/bin/qtts bench --json $(RESULTS)/suite.json --profile $(RESULTS)/kernels $(BENCH_ARGS) || failed=1; \
+	if test -f $(RESULTS)/suite.json; then .venv/bin/python -m bench.plots $(RESULTS)/suite.json; fi; exit $${failed:-0}
+
+readme: .venv/.installed
+	.venv/bin/python -m bench.readme
 
 .venv/.installed: EXTRAS = tts,test
 .venv-hf5/.installed: EXTRAS = tts-hf,test

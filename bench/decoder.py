@@ -10,8 +10,8 @@ from torch import Tensor
 from bench import models
 from bench.engines import enter_launches, timed_compile
 from bench.hearing import WrongAudio, relative_error
+from bench.run import Run
 from bench.timing import repeated
-from bench.worker import Run
 from qtts_compile.codec import Codec
 from qtts_compile.launcher import Launcher
 

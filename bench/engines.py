@@ -1,32 +1,46 @@
-"""Rows of the engine: frames of one size, batch, cache length and backend, what they cost in memory, and the kernels they run."""
+"""Rows of the engine: frames of one size, batch, cache length and backend, what they cost in memory, and where their time goes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import calculate_time_spent, counters
 
 from bench import models
+from bench.breakdown import trace
 from bench.hearing import time_first_audio
-from bench.task import CHECKED_FRAMES, PROMPT, Task, agreement, check, enter_speed, generate
-from bench.timing import COMPILE, SKIPS, figure, forget_memory_peak, memory, milliseconds, repeated, synchronize, write_kernels
-from bench.worker import Run
+from bench.reads import read_figures
+from bench.run import Run
+from bench.task import CHECKED_FRAMES, PROMPT, Task, agreement, check, enter_speed, generate, staggered
+from bench.timing import COMPILE, SKIPS, figure, forget_memory_peak, memory, milliseconds, repeated, synchronize
 from qtts_compile.engine import Engine
 from qtts_compile.launcher import Launcher
 from qtts_compile.tts import TTS
 
 
-def engine(run: Run, size: models.Size = "1.7b", backend: str = "qtts", batch: int = 1, slots: int = 2048, audio: bool = False) -> None:
-    """Compile, check and time the frames of one engine, and with ``audio`` all that a user hears of it."""
+def engine(
+    run: Run,
+    size: models.Size = "1.7b",
+    backend: str = "qtts",
+    batch: int = 1,
+    slots: int = 2048,
+    positions: Sequence[int] = (),
+    audio: bool = False,
+) -> None:
+    """Compile, check and time the frames of one engine, and with ``audio`` all that a user hears of it.
+
+    ``positions`` are the lengths of the prompts; by default that of ``PROMPT``, and for one text the longest that fits.
+    """
     model = models.build("tiny" if run.tiny else size, run.device, run.dtype)
     forget_memory_peak()
     tts = TTS(model, mode=run.mode, backend=backend, max_seq_len=slots)
-    lengths = [PROMPT - 3 * (row % 8) for row in range(batch)]
-    compile_frames(run, tts.engine, lengths)
+    if not positions:
+        positions = (PROMPT, slots - PROMPT - run.frames) if batch == 1 else (PROMPT,)
+    compile_frames(run, tts.engine, staggered(positions[0], batch))
     used = memory("frames")  # before the checks, in which the eager model runs
     if audio:
         with run.row("warmup") as row:
@@ -34,18 +48,16 @@ def engine(run: Run, size: models.Size = "1.7b", backend: str = "qtts", batch: i
     if run.compile_only:
         return
     enter_memory(run, tts, used, audio)
-    time_frames(run, tts.engine, lengths)
-    if batch == 1:
-        time_frames(run, tts.engine, [slots - PROMPT - run.frames])
+    for position in positions:
+        time_frames(run, tts.engine, staggered(position, batch))
     if audio:
         time_first_audio(run, tts)
     if run.profile and not run.tiny:
-        with run.row("kernels") as row:
-            path = Path(run.profile) / f"{run.job}.txt"
-            frames = iter(begin(tts.engine, Task.of(tts.engine.talker, lengths, 3)))
-            synchronize()
-            write_kernels(path, lambda: next(frames), 3, "frame")
-            row["note"] = f"{path}: {path.read_text().splitlines()[0]}"
+
+        def speak(frames: int) -> None:
+            list(begin(tts.engine, Task.of(tts.engine.talker, staggered(positions[0], batch), frames)))
+
+        trace(run, speak, model.model.talker, positions[0], batch)
 
 
 def compile_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
@@ -98,6 +110,7 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
                 raise RuntimeError(f"{speech.frames} frames were made instead of {run.frames}")
         enter_speed(row, times, batch)
         enter_launches(row, engine.launcher, unrecorded)
+        row["figures"] |= read_figures(talker, position, run.frames, batch)
         row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
 
 

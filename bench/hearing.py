@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from bench import models
+from bench.run import FailedParity, Run
 from bench.timing import figure, repeated, synchronize
-from bench.worker import Run
 from qtts_compile.prompts import read_call
 from qtts_compile.tts import TTS
 
@@ -20,7 +20,7 @@ CALL: dict[str, Any] = dict(text=("etaoinshrdlu" * 5)[:49], speaker=models.SPEAK
 STREAM_TOLERANCE = 0.3
 
 
-class WrongAudio(Exception):
+class WrongAudio(FailedParity):
     """A waveform that the model would not have made."""
 
 

@@ -2,7 +2,7 @@
 
 Run: ``python -m bench.linears [--rows 1 2 4 8 16] [--cases NAME ...] [--search] [--bandwidth TB/S] [--json FILE]``. Beside each kernel
 stands what it replaces: cuBLAS, with the norm, SwiGLU and addition as kernels of their own. A result is checked before it is timed.
-``--search`` tries launch parameters and prints the best as lines for ``MEASURED`` in kernels/gemv_launch.py.
+``--search`` tries launch parameters, and ``--table FILE`` writes the best as a table for kernels/launches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,24 +23,28 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import triton
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from triton.backends.compiler import GPUTarget
 
 from bench.machine import describe
 from qtts_compile.kernels import gemv_launch
-from qtts_compile.kernels.gemv_launch import MAX_MULTIPLIED_ROWS, Launch, choose_launch
+from qtts_compile.kernels.embedding_linear import embedding_linear_reference, embedding_linear_triton
+from qtts_compile.kernels.gemv_launch import candidates, choose_launch
+from qtts_compile.kernels.launch_search import COLD_BYTES, microseconds
+from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_reference, norm_swiglu_triton
-from qtts_compile.kernels.rms_norm import rms_norm_triton
-from qtts_compile.kernels.swiglu import swiglu_triton
+from qtts_compile.kernels.rms_norm import rms_norm
+from qtts_compile.kernels.swiglu import swiglu
 
 EPS = 1e-6
 H200_BANDWIDTH = 4.27  # TB/s that a copy reaches
-COLD_BYTES = 200e6  # four times the L2 cache of an H200
 COMPILE_LIMIT_S = 40
 KERNELS = {"norm_linears": norm_linears_triton, "norm_swiglu": norm_swiglu_triton, "linear_add": linear_add_triton}
+KERNELS["embedding_linear"] = embedding_linear_triton
 REFERENCES = {"norm_linears": norm_linears_reference, "norm_swiglu": norm_swiglu_reference, "linear_add": linear_add_reference}
+REFERENCES["embedding_linear"] = embedding_linear_reference
 
 
 class Case(NamedTuple):
@@ -57,6 +61,11 @@ class Case(NamedTuple):
     def outputs(self) -> int:
         """How many outputs the programs of a launch share."""
         return self.sizes[0] if self.op == "norm_swiglu" else sum(self.sizes)
+
+    @property
+    def matrices(self) -> int:
+        """How many weights a program reads the same rows of."""
+        return sum(self.sizes) // self.outputs
 
     @property
     def weight_bytes(self) -> int:
@@ -78,19 +87,22 @@ CASES = [
     Case("talker head, 0.6B", "norm_linears", 1024, (3072,)),
     Case("predictor head", "norm_linears", 1024, (2048,)),
     Case("projection", "norm_linears", 2048, (1024,), has_norm=False, has_bias=True),
+    Case("embedding, projection", "embedding_linear", 2048, (1024,), has_norm=False, has_bias=True),
 ]
 
 
-def build_arguments(case: Case, rows: int, device: str, copies: int = 1) -> list[tuple[Any, ...]]:
+def build_arguments(case: Case, rows: int, device: str, copies: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[tuple[Any, ...]]:
     """Return random arguments of the operator: ``copies`` sets of weights, each with the same x and residual, which the L2 cache may hold."""
-    new = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    new = partial(torch.randn, dtype=dtype, device=device)
     x, residual = new(rows, case.width), new(rows, case.outputs)
     sets = []
     for _ in range(copies):
         weights = [new(size, case.width) * case.width**-0.5 for size in case.sizes]
         norm_weight = new(case.width) if case.has_norm else None
         biases = [new(size) if case.has_bias else None for size in case.sizes]
-        if case.op == "linear_add":
+        if case.op == "embedding_linear":
+            sets.append((torch.arange(rows, device=device), x, weights[0], biases[0]))
+        elif case.op == "linear_add":
             sets.append((x, weights[0], None, residual))
         elif case.op == "norm_swiglu":
             sets.append((x, norm_weight, *weights, EPS))
@@ -101,32 +113,23 @@ def build_arguments(case: Case, rows: int, device: str, copies: int = 1) -> list
 
 def call_library(case: Case, x: torch.Tensor, *others: Any) -> Any:
     """Compute the case by cuBLAS and a kernel for each other step."""
+    if case.op == "embedding_linear":
+        table, weight, bias = others
+        return linear(embedding(x, table), weight, bias)
     if case.op == "linear_add":
         weight, bias, residual = others
         return residual + linear(x, weight, bias)
     norm_weight, first, second, eps = others
-    normed = x if norm_weight is None else rms_norm_triton(x, norm_weight, eps)
+    normed = x if norm_weight is None else rms_norm(x, norm_weight, eps)
     if case.op == "norm_swiglu":
-        return swiglu_triton(linear(normed, first), linear(normed, second))
+        return swiglu(linear(normed, first), linear(normed, second))
     return [linear(normed, weight, bias) for weight, bias in zip(first, second, strict=True)]
 
 
-def candidates(case: Case, rows: int) -> Iterator[Launch]:
-    """Yield the launch parameters that a search tries: a thread reads 16 bytes of a row at a time."""
-    block_m = triton.next_power_of_2(rows)
-    matrices = sum(case.sizes) // case.outputs
-    whole_row = triton.next_power_of_2(case.width)
-    if rows <= MAX_MULTIPLIED_ROWS:
-        for num_warps in (1, 2, 4, 8):
-            for block_n in (1, 2, 4, 8, 16):
-                in_thread = block_n * matrices * case.width / (32 * num_warps)
-                if 16 <= in_thread <= 256 and case.outputs / block_n >= 200 and 256 * num_warps <= whole_row:
-                    yield Launch(block_m, block_n, 256 * num_warps, num_warps)
-    if rows > 2:
-        for num_warps in (2, 4, 8):
-            for tile_rows, columns in ((8, 128), (8, 256), (16, 128), (16, 256), (32, 128)):
-                if case.outputs * matrices / tile_rows >= 60:
-                    yield Launch(max(8, block_m), tile_rows // matrices, min(columns * num_warps, whole_row), num_warps)
+def chosen_launch(case: Case, rows: int) -> Launch:
+    """Return what the kernel of a case is launched with on this GPU."""
+    shape = Shape(case.op, 2, case.outputs, case.width, triton.next_power_of_2(rows))
+    return lookup(shape, torch.device("cuda", 0)) or choose_launch(rows, case.outputs, case.width, torch.bfloat16, case.matrices)
 
 
 class _Target:
@@ -173,32 +176,10 @@ def is_accurate(ys: Any, references: Any, oracles: Any) -> bool:
 
 
 def widened(value: Any) -> Any:
-    """Return arguments with every tensor in float64."""
+    """Return arguments with every floating tensor in float64."""
     if isinstance(value, torch.Tensor):
-        return value.double()
+        return value.double() if value.is_floating_point() else value
     return [widened(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def microseconds(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
-    """Return for each round the time of one call, when a CUDA graph of all ``calls`` replays."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-        graph.capture_begin()
-        for call in calls:
-            call()
-        graph.capture_end()
-        graph.replay()
-        for _ in range(rounds):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(1000 * start.elapsed_time(end) / len(calls))
-    return times
 
 
 def measure(case: Case, rows: int, launches: Sequence[Launch], bandwidth: float, rounds: int = 9) -> dict[str, Any]:
@@ -206,21 +187,20 @@ def measure(case: Case, rows: int, launches: Sequence[Launch], bandwidth: float,
     copies = math.ceil(COLD_BYTES / case.weight_bytes)
     sets = build_arguments(case, rows, "cuda", copies)
     references, oracles = (REFERENCES[case.op](*arguments) for arguments in (sets[0], widened(sets[0])))
-    sets *= math.ceil(40 / copies)
     timed = []
     for launch in launches:
         if is_accurate(KERNELS[case.op](*sets[0], **launch._asdict()), references, oracles):
-            times = microseconds([partial(KERNELS[case.op], *arguments, **launch._asdict()) for arguments in sets], rounds)
+            times = microseconds(lambda arguments, launch=launch: KERNELS[case.op](*arguments, **launch._asdict()), sets, rounds)
             timed.append(dict(launch=launch, us=median(times), us_min=min(times), us_max=max(times)))
         else:
             print(f"{case.name}, {rows} rows: WRONG RESULT with {launch}", file=sys.stderr, flush=True)
-    library = median(microseconds([partial(call_library, case, *arguments) for arguments in sets], rounds))
+    library = median(microseconds(lambda arguments: call_library(case, *arguments), sets, rounds))
     shape = dict(case=case.name, op=case.op, rows=rows, outputs=case.outputs, width=case.width, weight_bytes=case.weight_bytes)
     return shape | dict(floor_us=case.weight_bytes / bandwidth / 1e6, library_us=library, launches=sorted(timed, key=lambda entry: entry["us"]))
 
 
 def report(row: dict[str, Any], chosen: Launch) -> str:
-    """Return a line on the launch that the kernel chooses, and after a search one on the best, in the form of ``MEASURED``."""
+    """Return a line on the launch that the kernel chooses, and after a search one on the best."""
 
     def speed(entry: dict[str, Any]) -> str:
         return f"{entry['us']:8.2f} {row['weight_bytes'] / entry['us'] / 1e6:6.2f} {row['floor_us'] / entry['us']:6.0%}"
@@ -230,8 +210,15 @@ def report(row: dict[str, Any], chosen: Launch) -> str:
     line = f"{row['case']:20} {row['rows']:4} {of_chosen[0]} {row['floor_us']:8.2f} {row['library_us']:10.2f}   {tuple(chosen)}"
     if len(entries) > 1:
         line += f"\n{f'best of {len(entries)}':>25} {speed(entries[0])}"
-        line += f'   ("{row["op"]}", {row["outputs"]}, {row["width"]}, {triton.next_power_of_2(row["rows"])}): Launch{tuple(entries[0]["launch"])},'
+        line += f"{'':21}{tuple(entries[0]['launch'])}"
     return line
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    """Return the best launches as a table for kernels/launches."""
+    best = {(row["op"], 2, row["outputs"], row["width"], row["rows"]): list(row["launches"][0]["launch"]) for row in rows if row["launches"]}
+    lines = [f"{json.dumps(str(Shape(*shape)))}: {launch}" for shape, launch in sorted(best.items())]
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -241,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--search", action="store_true", help="try other launch parameters too")
     parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH, help="TB/s that a copy reaches on this GPU (default: an H200's)")
+    parser.add_argument("--table", type=Path, help="where to write the best launches")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
@@ -253,9 +241,8 @@ def main(argv: list[str] | None = None) -> None:
         for rows in arguments.rows:
             for case in CASES:
                 if case.name in arguments.cases:
-                    chosen = choose_launch(case.op, rows, case.outputs, case.width, torch.bfloat16, sum(case.sizes) // case.outputs)
-                    others = [launch for launch in candidates(case, rows) if launch != chosen] if arguments.search else []
-                    plan.append((case, rows, [chosen, *others]))
+                    tried = candidates(rows, case.outputs, case.width, torch.bfloat16, case.matrices) if arguments.search else []
+                    plan.append((case, rows, list(dict.fromkeys([chosen_launch(case, rows), *tried]))))
         compiled = pool.imap(compile_launch, [(capability, case, rows, launch) for case, rows, launches in plan for launch in launches])
         result: dict[str, Any] = {"machine": describe(), "command": "python -m bench.linears " + " ".join(argv or sys.argv[1:]), "rows": []}
         print(f"{'case':20} {'rows':>4} {'us':>8} {'TB/s':>6} {'floor':>6} {'floor us':>8} {'library us':>10}   launch", flush=True)
@@ -266,6 +253,8 @@ def main(argv: list[str] | None = None) -> None:
             result["rows"].append(row)
             if arguments.json:
                 arguments.json.write_text(json.dumps(result, indent=1))
+            if arguments.table:
+                arguments.table.write_text(table_of(result["rows"]))
     print(f"{sum(len(launches) for _, _, launches in plan)} launches compiled and timed in {time.perf_counter() - started:.0f} s")
 
 

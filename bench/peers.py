@@ -1,98 +1,187 @@
-"""Rows of the peers: qwen-tts as it is, faster-qwen3-tts, and qwen3-tts-triton's hybrid of its kernels with the former's CUDA graphs."""
+"""Rows of the peers: qwen-tts as it is, faster-qwen3-tts, and what qwen3-tts-triton makes of both."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from bench import models
-from bench.task import CHECKED_FRAMES, PROMPT, SAMPLED, Task, check, enter_speed, generate
+from bench.breakdown import trace
+from bench.reads import read_figures
+from bench.run import Run
+from bench.task import CHECKED_FRAMES, PROMPT, SAMPLED, Task, check, enter_speed, generate, staggered
 from bench.timing import COMPILE, figure, forget_memory_peak, memory, milliseconds
-from bench.worker import Run
 
 SLOTS = 2048
-HYBRID_LAYERS = (0, 24)  # the layers that qwen3-tts-triton's hybrid runner patches by default
 
 
-def eager(run: Run, size: models.Size = "1.7b") -> None:
-    """Time ``talker.generate``, and take the memory of a cache grown to ``SLOTS`` positions and of the audio to it."""
+def generated(
+    run: Run, size: models.Size = "1.7b", batch: int = 1, slots: int = SLOTS, positions: Sequence[int] = (), peer: str | None = None
+) -> None:
+    """Time ``talker.generate``, of the model as it is or as a ``peer``'s mode leaves it, and take the memory of a cache grown to ``slots``."""
     tts = models.build("tiny" if run.tiny else size, run.device, run.dtype)
     talker = tts.model.talker
-    with run.row(f"frames at positions {PROMPT} to {PROMPT + run.frames}") as row:
-        greedy = Task.of(talker, [PROMPT], CHECKED_FRAMES, greedy=True)
-        row["check"] = check(talker, greedy, generate(talker, greedy))
-        task = Task.of(talker, [PROMPT], run.frames)
-        prompt = Task(task.arguments | dict(max_new_tokens=1, min_new_tokens=1))
+    cache = None if peer is None else patch_generate(tts, peer)
+    judge = talker if peer is None else models.build("tiny" if run.tiny else size, run.device, run.dtype).model.talker
+    for position in positions or (PROMPT,):
+        lengths = staggered(position, batch)
+        with run.row(f"frames at positions {position} to {position + run.frames}") as row:
+            greedy = Task.of(talker, lengths, CHECKED_FRAMES, greedy=True)
+            row["check"] = check(judge, greedy, generate(talker, greedy))
+            if cache is not None:
+                row["note"] = told_by(cache)
+            task = Task.of(talker, lengths, run.frames)
+            prompt = Task(task.arguments | dict(max_new_tokens=1, min_new_tokens=1))
 
-        def frame() -> float:
-            # What generate takes for the prompt and the first code is taken off.
-            return (milliseconds(lambda: talker.generate(**task.arguments)) - milliseconds(lambda: talker.generate(**prompt.arguments))) / task.frames
+            def frame(task: Task, prompt: Task) -> float:
+                # What generate takes for the prompt and the first code is taken off.
+                took = milliseconds(lambda: talker.generate(**task.arguments)) - milliseconds(lambda: talker.generate(**prompt.arguments))
+                return took / task.frames
 
-        with torch.inference_mode():
-            enter_speed(row, [frame() for _ in range(3)])
+            with torch.inference_mode():
+                enter_speed(row, [frame(task, prompt) for _ in range(3)], batch)
+            row["figures"] |= read_figures(talker, position, run.frames, batch)
+    if peer is None and batch == 1:
+        enter_memory(run, tts, slots)
+    if run.profile and not run.tiny:
+        lengths = staggered((positions or (PROMPT,))[0], batch)
+        trace(run, lambda frames: generate(talker, Task.of(talker, lengths, frames)), talker, lengths[0], batch)
+
+
+def enter_memory(run: Run, tts: Any, slots: int) -> None:
+    """Take the memory of a cache grown to ``slots`` positions, and of the audio to it."""
     with run.row("memory") as row:
         forget_memory_peak()
         with torch.inference_mode():
-            _grow(talker, SLOTS)
+            _grow(tts.model.talker, slots)
             row["figures"] = memory("frames")
-            tts.model.speech_tokenizer.decode({"audio_codes": torch.zeros(SLOTS - PROMPT, 16, dtype=torch.long, device=run.device)})
-            row["figures"] |= memory(f"with {SLOTS - PROMPT} frames of audio")
-        row["note"] = f"cache grown to {SLOTS} positions, without the hidden states that generate() keeps"
+            tts.model.speech_tokenizer.decode({"audio_codes": torch.zeros(slots - PROMPT, 16, dtype=torch.long, device=run.device)})
+            row["figures"] |= memory(f"with {slots - PROMPT} frames of audio")
+        row["note"] = f"cache grown to {slots} positions, without the hidden states that generate() keeps"
 
 
-def graphs(run: Run, patched: bool, size: models.Size = "1.7b") -> None:
-    """Time faster-qwen3-tts's two CUDA graphs, with the model ``patched`` by qwen3-tts-triton or as it is."""
-    from faster_qwen3_tts.generate import fast_generate  # pyright: ignore[reportMissingImports]
-    from faster_qwen3_tts.predictor_graph import PredictorGraph  # pyright: ignore[reportMissingImports]
-    from faster_qwen3_tts.talker_graph import TalkerGraph  # pyright: ignore[reportMissingImports]
+def patch_generate(tts: Any, mode: str) -> Any:
+    """Do to a loaded model what qwen3-tts-triton's runner of this mode does after loading, and return its TurboQuant cache, if it has one."""
+    from qwen3_tts_triton.models import create_runner  # pyright: ignore[reportMissingImports]
+    from qwen3_tts_triton.models.patching import apply_triton_kernels  # pyright: ignore[reportMissingImports]
 
-    tts = models.build(size, run.device, run.dtype)
-    talker: Any = tts.model.talker
-    if patched:
-        from qwen3_tts_triton.models.patching import apply_triton_kernels  # pyright: ignore[reportMissingImports]
+    runner = create_runner(mode, device=str(tts.model.device))
+    runner._tts = tts
+    if runner.enable_turboquant:
+        runner._init_turboquant_cache()
+    if mode.startswith("triton"):
+        apply_triton_kernels(tts.model, patch_range=runner.patch_range)
+    return runner._tq_cache
 
-        apply_triton_kernels(tts.model, patch_range=HYBRID_LAYERS)
-    forget_memory_peak()
 
-    def captured(graph: Any) -> Any:
-        with contextlib.redirect_stdout(sys.stderr):  # it tells of each step
-            graph.capture()
-        return graph
+def patch_graphs(tts: Any, turboquant: bool) -> Any:
+    """Do to the model inside faster-qwen3-tts what qwen3-tts-triton's hybrid runner does, and return its TurboQuant cache, if it has one."""
+    from qwen3_tts_triton.models.patching import apply_triton_kernels  # pyright: ignore[reportMissingImports]
+    from qwen3_tts_triton.models.triton_faster_runner import TritonFasterRunner  # pyright: ignore[reportMissingImports]
 
-    def predictor(do_sample: bool) -> Any:
-        config = talker.config
-        return captured(PredictorGraph(talker.code_predictor, config.code_predictor_config, config.hidden_size, do_sample=do_sample))
+    runner = TritonFasterRunner(enable_turboquant=turboquant)
+    apply_triton_kernels(tts.model, patch_range=runner.patch_range)
+    if not turboquant:
+        return None
+    runner.model = SimpleNamespace(model=tts)
+    runner._init_turboquant_hybrid()
+    return runner._tq_cache
 
-    with run.row("capture") as row:
-        started = time.perf_counter()
-        sampled, step = predictor(True), captured(TalkerGraph(talker.model, talker.config, max_seq_len=SLOTS))
-        row["figures"] = {COMPILE: figure(time.perf_counter() - started, "s")}
 
-    def speak(task: Task, graph: Any) -> tuple[torch.Tensor, float]:
+def told_by(cache: Any) -> str:
+    """Say whether the peer's TurboQuant cache was used at all, and what it holds."""
+    if not cache.is_initialized:
+        return "TurboQuant never ran: its cache holds nothing after these frames"
+    stats = cache.get_memory_stats()
+    unpacked = sum(tensor.nbytes for tensor in (*cache._deq_keys, *cache._deq_values) if tensor is not None) / 2**20
+    return f"TurboQuant's cache holds {stats['compressed_mb']:.1f} MiB packed and {unpacked:.1f} MiB unpacked beside it"
+
+
+class Graphs:
+    """The two CUDA graphs of faster-qwen3-tts around a loaded model."""
+
+    def __init__(self, talker: Any, slots: int) -> None:
+        from faster_qwen3_tts.talker_graph import TalkerGraph  # pyright: ignore[reportMissingImports]
+
+        self.talker = talker
+        self.step = self._captured(TalkerGraph(talker.model, talker.config, max_seq_len=slots))
+        self.sampled = self.predictor(True)
+
+    @functools.cached_property
+    def greedy(self) -> Any:
+        """The graph of the code predictor that chooses greedily."""
+        return self.predictor(False)
+
+    def predictor(self, do_sample: bool) -> Any:
+        """Return a graph of the code predictor that samples or chooses greedily."""
+        from faster_qwen3_tts.predictor_graph import PredictorGraph  # pyright: ignore[reportMissingImports]
+
+        config = self.talker.config
+        graph = PredictorGraph(self.talker.code_predictor, config.code_predictor_config, config.hidden_size, do_sample=do_sample)
+        return self._captured(graph)
+
+    def speak(self, task: Task, predictor: Any = None) -> tuple[torch.Tensor, float]:
+        """Return a task's codes ``[F, groups]`` and the milliseconds of a frame."""
+        from faster_qwen3_tts.generate import fast_generate  # pyright: ignore[reportMissingImports]
+
         inputs, names = task.inputs, ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
         settings: dict[str, Any] = {name: task.arguments[name] for name in names} | dict(max_new_tokens=task.frames, min_new_tokens=task.frames)
-        codes, timing = fast_generate(talker, inputs.embeds, inputs.mask, inputs.text, inputs.pad, talker.config, graph, step, **settings)
+        given = (inputs.embeds, inputs.mask, inputs.text, inputs.pad, self.talker.config, predictor or self.sampled, self.step)
+        codes, timing = fast_generate(self.talker, *given, **settings)
         if codes is None or len(codes) != task.frames:
             raise RuntimeError(f"{0 if codes is None else len(codes)} frames were made instead of {task.frames}")
         return codes, timing["ms_per_step"]
 
-    with run.row(f"frames at positions {PROMPT} to {PROMPT + run.frames}") as row:
-        task = Task.of(talker, [PROMPT], run.frames)
-        speak(task, sampled)
-        times = [speak(task, sampled)[1] for _ in range(run.repeats)]
-        used = memory("frames")
-        greedy = Task.of(talker, [PROMPT], CHECKED_FRAMES, greedy=True)
-        codes = speak(greedy, predictor(False))[0]
-        # The patches stand in the model itself, so a model of its own judges.
-        judge = models.build(size, run.device, run.dtype).model.talker if patched else talker
-        row["check"] = check(judge, greedy, codes[None])
-        enter_speed(row, times)
-        row["figures"] |= used
+    def _captured(self, graph: Any) -> Any:
+        with contextlib.redirect_stdout(sys.stderr):  # it tells of each step
+            graph.capture()
+        return graph
+
+
+def graphs(
+    run: Run,
+    size: models.Size = "1.7b",
+    batch: int = 1,
+    slots: int = SLOTS,
+    positions: Sequence[int] = (),
+    patched: bool = False,
+    turboquant: bool = False,
+) -> None:
+    """Time faster-qwen3-tts's two CUDA graphs, with the model ``patched`` by qwen3-tts-triton or as it is."""
+    tts = models.build(size, run.device, run.dtype)
+    talker: Any = tts.model.talker
+    cache = patch_graphs(tts, turboquant) if patched else None
+    forget_memory_peak()
+    with run.row("capture") as row:
+        started = time.perf_counter()
+        graphs = Graphs(talker, slots)
+        row["figures"] = {COMPILE: figure(time.perf_counter() - started, "s")}
+    judge: Any = None
+    for position in positions or (PROMPT,):
+        with run.row(f"frames at positions {position} to {position + run.frames}") as row:
+            task = Task.of(talker, [position], run.frames)
+            graphs.speak(task)
+            times = [graphs.speak(task)[1] for _ in range(run.repeats)]
+            used = memory("frames") if judge is None else {}  # which takes memory of its own
+            # The patches stand in the model itself, so a model of its own judges.
+            judge = judge or (models.build(size, run.device, run.dtype).model.talker if patched else talker)
+            greedy = Task.of(talker, [position], CHECKED_FRAMES, greedy=True)
+            row["check"] = check(judge, greedy, graphs.speak(greedy, graphs.greedy)[0][None])
+            if cache is not None:
+                row["note"] = told_by(cache)
+            enter_speed(row, times)
+            row["figures"] |= used | read_figures(talker, position, run.frames, batch)
+    if run.profile:
+        first = (positions or (PROMPT,))[0]
+        trace(run, lambda frames: graphs.speak(Task.of(talker, [first], frames)), talker, first)
 
 
 def _grow(talker: Any, positions: int) -> None:

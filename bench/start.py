@@ -11,21 +11,21 @@ import numpy as np
 from bench import models
 from bench.engines import compile_seconds
 from bench.hearing import CALL, WrongAudio, first_chunks
+from bench.run import Run
 from bench.timing import figure, synchronize
-from bench.worker import Run
 from qtts_compile.tts import TTS
 
 
-def checkpoint(run: Run) -> None:
+def checkpoint(run: Run, size: models.Size = "1.7b") -> None:
     """Write the checkpoint."""
     with run.row("written") as row:
-        models.write_checkpoint(directory(run), "tiny" if run.tiny else "1.7b", run.device)
-        row["figures"] = {"weights": figure(sum(path.stat().st_size for path in directory(run).rglob("*.safetensors")) / 1e9, "GB")}
+        written = models.write_checkpoint(directory(run, size), "tiny" if run.tiny else size, run.device)
+        row["figures"] = {"weights": figure(sum(path.stat().st_size for path in written.rglob("*.safetensors")) / 1e9, "GB")}
 
 
-def directory(run: Run) -> Path:
-    """Return where the checkpoint stands."""
-    return Path(run.folder) / ("checkpoint-tiny" if run.tiny else "checkpoint-1.7b")
+def directory(run: Run, size: models.Size = "1.7b") -> Path:
+    """Return where the checkpoint of a model of this size stands."""
+    return Path(run.folder) / f"checkpoint-{'tiny' if run.tiny else size}"
 
 
 def start(run: Run) -> None:

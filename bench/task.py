@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.run import FailedParity
 from bench.timing import figure
 from qtts_compile.engine import PromptInputs
 from qtts_compile.sampling import Settings
@@ -22,7 +23,7 @@ GREEDY = SAMPLED | dict(do_sample=False, subtalker_dosample=False, repetition_pe
 MAX_REGRET, MAX_MEAN_REGRET = 0.25, 0.01  # in standard deviations of the logits; a wrong choice costs about 3
 
 
-class WrongCodes(Exception):
+class WrongCodes(FailedParity):
     """Codes that the model would not have chosen."""
 
 
@@ -55,6 +56,11 @@ class Task:
         """What the engine's ``start`` takes besides."""
         tensors = ("inputs_embeds", "attention_mask", "trailing_text_hidden", "tts_pad_embed")
         return Settings.of({name: value for name, value in self.arguments.items() if name not in tensors})
+
+
+def staggered(length: int, batch: int) -> list[int]:
+    """Return the lengths of a batch's prompts, of which the longest has ``length`` tokens."""
+    return [length - 3 * (row % 8) for row in range(batch)]
 
 
 @torch.inference_mode()
@@ -114,6 +120,8 @@ def agreement(ours: Tensor, theirs: Tensor) -> str:
 
 
 def enter_speed(row: dict[str, Any], ms_per_frame: list[float], batch: int = 1) -> None:
-    """Enter the milliseconds that a frame of ``batch`` utterances took in each run into a row."""
+    """Enter the milliseconds that a frame of ``batch`` utterances took in each run into a row that holds what its check found."""
+    if "check" not in row:
+        raise FailedParity("nothing was checked")
     row["ms_per_frame"] = figure(ms_per_frame, "ms")
     row["figures"] = {"frame": row["ms_per_frame"], "audio": figure([batch * FRAME_MS / ms for ms in ms_per_frame], "s a second")}

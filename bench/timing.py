@@ -1,10 +1,9 @@
-"""Take times and memory, and write what the GPU ran."""
+"""Take times and memory, and tell what the GPU ran."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -60,23 +59,11 @@ def memory(what: str) -> dict[str, Any]:
     return {f"{name}, {what}": figure(size / GIB, "GiB") for name, size in peaks.items()}
 
 
-def write_kernels(path: Path, call: Callable[[], Any], calls: int, unit: str, rows: int = 25) -> None:
-    """Write the GPU kernels of ``calls`` calls, longest first, in time per call, and how long the GPU was busy in all."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as run:
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-    kernels = [event for event in run.key_averages() if event.self_device_time_total > 0]
-    kernels.sort(key=lambda event: -event.self_device_time_total)
-    total = sum(event.self_device_time_total for event in kernels) / calls
-    lines = [f"GPU time per {unit}: {total / 1000:.3f} ms in {sum(event.count for event in kernels) / calls:.0f} kernels", ""]
-    lines.append(f"{'us per ' + unit:>12} {'%':>6} {'launches':>9} {'us each':>9}  kernel")
-    for event in kernels[:rows]:
-        time_us = event.self_device_time_total / calls
-        lines.append(
-            f"{time_us:12.1f} {100 * time_us / total:6.2f} {event.count / calls:9.1f} {event.self_device_time_total / event.count:9.2f}  {event.key}"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+def kernel_table(shares: Mapping[str, float], launches: Mapping[str, float], classes: Mapping[str, str], rows: int = 40) -> str:
+    """Return the kernels of a frame as text, longest first, given each one's microseconds, launches and class."""
+    total = sum(shares.values())
+    lines = [f"GPU time per frame: {total / 1000:.3f} ms in {sum(launches.values()):.0f} kernels", ""]
+    lines.append(f"{'us a frame':>12} {'%':>6} {'launches':>9}  {'class':10} kernel")
+    for name, us in sorted(shares.items(), key=lambda item: -item[1])[:rows]:
+        lines.append(f"{us:12.1f} {100 * us / total:6.2f} {launches[name]:9.1f}  {classes[name]:10} {name}")
+    return "\n".join(lines) + "\n"

@@ -88,20 +88,31 @@ def request_norm_weight(Norm_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def multiply_rows(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
+def multiply_rows(
+    X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, Index_ptr=None
+):  # fmt: skip
     """Return the products ``[R, BLOCK_M]``, in float32, of the weight rows at ``Row_ptrs`` ``[R, 1]`` with the ``M`` rows of x.
 
-    ``tiles`` and ``norm_tiles`` are what :func:`request_weights` and :func:`request_norm_weight` returned. Columns from ``M`` on repeat
-    column ``M - 1``.
+    ``tiles`` and ``norm_tiles`` are what :func:`request_weights` and :func:`request_norm_weight` returned. The rows of x are its first, or those
+    whose numbers, int64 ``[M]``, lie at ``Index_ptr``. Columns from ``M`` on repeat column ``M - 1``.
     """
     if X_ptr.dtype.element_ty.primitive_bitwidth == 16 and BLOCK_M >= 8:
-        return _multiply_together(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K, BLOCK_M, SPLITS)
+        return _multiply_together(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K, BLOCK_M, SPLITS, Index_ptr)
     else:
-        return _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K, BLOCK_M)
+        return _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K, BLOCK_M, Index_ptr)
 
 
 @triton.jit
-def _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K: tl.constexpr, BLOCK_M: tl.constexpr):
+def _row_start(X_ptr, x_stride, row, M, Index_ptr):
+    """Return where row ``row`` of x begins, or its last if it has not so many."""
+    row = tl.minimum(row, M - 1).to(tl.int64)
+    if Index_ptr is not None:
+        row = tl.load(Index_ptr + row)
+    return X_ptr + row * x_stride
+
+
+@triton.jit
+def _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K: tl.constexpr, BLOCK_M: tl.constexpr, Index_ptr):
     """Multiply with one row of x after the other."""
     IN_FLIGHT: tl.constexpr = len(tiles)
     BLOCK_N: tl.constexpr = tiles[0].shape[0]
@@ -113,7 +124,7 @@ def _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K
     scales = ()
     sums = ()
     for row in tl.static_range(BLOCK_M):
-        row_ptr = X_ptr + tl.minimum(row, M - 1).to(tl.int64) * x_stride + tl.zeros([1, 1], tl.int32)
+        row_ptr = _row_start(X_ptr, x_stride, row, M, Index_ptr) + tl.zeros([1, 1], tl.int32)
         x_ptrs = x_ptrs + (row_ptr,)
         scales = scales + (_rms_scale(row_ptr, norm_tiles, eps, K, BLOCK_K),)
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32),)
@@ -138,13 +149,15 @@ def _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K
 
 
 @triton.jit
-def _multiply_together(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr):
+def _multiply_together(
+    X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr, Index_ptr
+):  # fmt: skip
     """Multiply with all rows of x at once, on the tensor cores; ``SPLITS`` warps share the columns of a tile."""
     IN_FLIGHT: tl.constexpr = len(tiles)
     BLOCK_N: tl.constexpr = tiles[0].shape[0]
     BLOCK_K: tl.constexpr = tiles[0].shape[1]
     N_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    x_ptrs = X_ptr + tl.minimum(tl.arange(0, BLOCK_M), M - 1).to(tl.int64)[:, None] * x_stride
+    x_ptrs = _row_start(X_ptr, x_stride, tl.arange(0, BLOCK_M)[:, None], M, Index_ptr)
     scale = _rms_scale(x_ptrs, norm_tiles, eps, K, BLOCK_K)
     sums = tl.zeros([SPLITS, BLOCK_N, BLOCK_M], tl.float32)
     for tile in tl.static_range(N_TILES):

@@ -1,64 +1,40 @@
 """How the kernels that multiply a few rows with weight matrices are launched."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 
+from qtts_compile.kernels.launch_search import can_search, search
+from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.pdl import has_pdl
 
-MAX_MULTIPLIED_ROWS = 4  # in half precision more rows go to the tensor cores, whose tiles have at least 8
+MAX_MULTIPLIED_ROWS = 2  # in half precision more rows go to the tensor cores, whose tiles have at least 8
 BYTES_IN_FLIGHT = 256  # of weights for each thread, in 64 registers
+MIN_SEARCHED_BYTES = 1e6  # of weights: with less to read, launches differ by nothing that can be measured
 
 
-class Launch(NamedTuple):
-    """Rows of x, outputs and columns of a tile, all powers of two, and warps of a program.
+def launch_options(
+    op: str, rows: int, weights: Sequence[torch.Tensor], outputs: int, run: Callable[[Sequence[torch.Tensor], Launch], object], **given: int | None
+) -> dict[str, Any]:
+    """Return the constants and launch options of the kernel of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs.
 
-    At least 2 outputs are chosen: 1 failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.
+    ``given`` may override each field of ``Launch``; those that are None do not. Where nothing is given, measured parameters are used, and measured
+    first by ``run``, which launches the kernel with other weights, if this GPU has none and can do so now. Else a rule chooses.
     """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-
-
-# (operator, outputs, width, rows of x up to a power of two) in half precision: what `python -m bench.linears --search` found on an H200.
-MEASURED: dict[tuple[str, int, int, int], Launch] = {}
-
-
-def choose_launch(op: str, rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Launch:
-    """Choose for ``rows`` rows of x and ``matrices`` weights ``[outputs, width]``, of which a program reads the same rows.
-
-    Shapes that were not measured, of up to 4 rows: about 16 KiB of weights a program, but at least 400 programs, three for each
-    multiprocessor of an H200.
-    """
-    block_m = triton.next_power_of_2(rows)
-    whole_row = triton.next_power_of_2(width)
-    is_half = dtype.itemsize == 2
-    if is_half and (op, outputs, width, block_m) in MEASURED:
-        return MEASURED[op, outputs, width, block_m]
-    if is_half and rows > MAX_MULTIPLIED_ROWS:
-        return Launch(max(8, block_m), 16 // matrices, max(16, min(1024, whole_row)), 8 if width > 1024 else 4)
-    # Warps lie along a row, each lane with 16 bytes of half precision.
-    num_warps = min(8 if width > 2048 else 4, max(1, whole_row // 256))
-    elements = 2048 * num_warps // (1 if is_half else max(2, block_m))
-    block_n = max(2, min(elements // (width * matrices), outputs // 400, 8))
-    return Launch(block_m, 2 ** (block_n.bit_length() - 1), min(256 * num_warps, whole_row), num_warps)
-
-
-def launch_options(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor], outputs: int, **given: int | None) -> dict[str, Any]:
-    """Return the constants and launch options of the kernel of ``op`` for rows ``x`` ``[M, K]``, ``weights`` and ``outputs`` outputs.
-
-    ``given`` may override each field of ``Launch`` that is chosen from the shapes; those that are None do not.
-    """
-    rows, width = x.shape
+    width, dtype, device = weights[0].shape[1], weights[0].dtype, weights[0].device
     matrices = sum(weight.shape[0] for weight in weights) // outputs
-    launch = choose_launch(op, rows, outputs, width, x.dtype, matrices)
-    launch = launch._replace(**{name: value for name, value in given.items() if value is not None})
+    overridden = {name: value for name, value in given.items() if value is not None}
+    launch = None
+    if not overridden:
+        shape = Shape(op, dtype.itemsize, outputs, width, triton.next_power_of_2(rows))
+        launch = lookup(shape, device)
+        if launch is None and outputs * matrices * width * dtype.itemsize >= MIN_SEARCHED_BYTES and can_search(device):
+            launch = search(shape, candidates(rows, outputs, width, dtype, matrices), weights, run)
+    launch = (launch or choose_launch(rows, outputs, width, dtype, matrices))._replace(**overridden)
     tile = launch.block_n * matrices * launch.block_k
-    in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * x.dtype.itemsize)
+    in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * dtype.itemsize)
     return dict(
         K=width,
         BLOCK_M=launch.block_m,
@@ -66,7 +42,43 @@ def launch_options(op: str, x: torch.Tensor, weights: Sequence[torch.Tensor], ou
         BLOCK_K=launch.block_k,
         IN_FLIGHT=max(1, min(in_flight, triton.cdiv(width, launch.block_k))),
         SPLITS=max(1, min(launch.num_warps, launch.block_k // 16)),
-        HAS_PDL=has_pdl(x.device),
+        HAS_PDL=has_pdl(device),
         num_warps=launch.num_warps,
-        launch_pdl=has_pdl(x.device),
+        launch_pdl=has_pdl(device),
     )
+
+
+def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Launch:
+    """Choose by rule for ``rows`` rows of x and ``matrices`` weights ``[outputs, width]``, of which a program reads the same rows.
+
+    For 1 or 2 rows: about 16 KiB of weights a program, but at least 400 programs, three for each multiprocessor of an H200.
+    """
+    block_m = triton.next_power_of_2(rows)
+    whole_row = triton.next_power_of_2(width)
+    is_half = dtype.itemsize == 2
+    if is_half and rows > MAX_MULTIPLIED_ROWS:
+        return Launch(max(8, block_m), 16 // matrices, max(16, min(1024, whole_row)), 8 if rows > 8 and width > 1024 else 4)
+    # Warps lie along a row, each lane with 16 bytes of half precision.
+    num_warps = min(8 if width > 2048 else 4, max(1, whole_row // 256))
+    elements = 2048 * num_warps // (1 if is_half else max(2, block_m))
+    block_n = max(2, min(elements // (width * matrices), outputs // 400, 8))
+    return Launch(block_m, 2 ** (block_n.bit_length() - 1), min(256 * num_warps, whole_row), num_warps)
+
+
+def candidates(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> list[Launch]:
+    """Return what a search tries, the rule's choice first: a thread reads 16 bytes of a row at a time."""
+    launches = [choose_launch(rows, outputs, width, dtype, matrices)]
+    block_m = triton.next_power_of_2(rows)
+    whole_row, lane = triton.next_power_of_2(width), 16 // dtype.itemsize
+    if rows <= 4 or dtype.itemsize > 2:
+        for num_warps in (1, 2, 4, 8):
+            for block_n in (2, 4, 8, 16):
+                in_thread = block_n * matrices * width / (32 * num_warps)
+                if 16 <= in_thread <= 256 and outputs / block_n >= 200 and 32 * lane * num_warps <= whole_row:
+                    launches.append(Launch(block_m, block_n, 32 * lane * num_warps, num_warps))
+    if rows > 2 and dtype.itemsize == 2:
+        for num_warps in (2, 4, 8):
+            for tile_rows, columns in ((8, 128), (8, 256), (16, 128), (16, 256), (32, 128)):
+                if outputs * matrices / tile_rows >= 60:
+                    launches.append(Launch(max(8, block_m), tile_rows // matrices, min(columns * num_warps, whole_row), num_warps))
+    return list(dict.fromkeys(launches))

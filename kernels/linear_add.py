@@ -82,7 +82,9 @@ def linear_add_triton(
         return y
     outputs = weight.shape[0]
     x, residual = as_matrix(x), as_matrix(residual)
-    options = launch_options("linear_add", x, [weight], outputs, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, *launch)  # noqa: E731
+    options = launch_options("linear_add", x.shape[0], [weight], outputs, run, **given)
     _linear_add_kernel[(triton.cdiv(outputs, options["BLOCK_N"]),)](
         x, weight, bias, residual, y, x.shape[0], outputs, x.stride(0), weight.stride(0), residual.stride(0),
         **options,

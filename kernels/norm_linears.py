@@ -110,7 +110,9 @@ def norm_linears_triton(
         return ys
     x = as_matrix(x)
     sizes = [weight.shape[0] for weight in weights]
-    options = launch_options("norm_linears", x, weights, sum(sizes), block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    run = lambda weights, launch: norm_linears_triton(x, norm_weight, weights, biases, eps, *launch)  # noqa: E731
+    options = launch_options("norm_linears", x.shape[0], weights, sum(sizes), run, **given)
     _norm_linears_kernel[(sum(triton.cdiv(size, options["BLOCK_N"]) for size in sizes),)](
         x, norm_weight, tuple(weights), tuple(biases), tuple(ys), x.shape[0], tuple(sizes), x.stride(0),
         tuple(weight.stride(0) for weight in weights), eps, **options,

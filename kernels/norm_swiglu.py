@@ -90,7 +90,9 @@ def norm_swiglu_triton(
     outputs = gate_weight.shape[0]
     x = as_matrix(x)
     weights = [gate_weight, up_weight]
-    options = launch_options("norm_swiglu", x, weights, outputs, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, *launch)  # noqa: E731
+    options = launch_options("norm_swiglu", x.shape[0], weights, outputs, run, **given)
     options["IS_ALIGNED"] = all(weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.itemsize % 16 == 0 for weight in weights)
     _norm_swiglu_kernel[(triton.cdiv(outputs, options["BLOCK_N"]),)](
         x, norm_weight, gate_weight, up_weight, y, x.shape[0], outputs, x.stride(0), gate_weight.stride(0), up_weight.stride(0), eps, **options

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_rank, check_shape
 from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
 from qtts_compile.kernels.rows import with_unit_stride
 
 MAX_V = 16384
@@ -210,8 +211,10 @@ def _race(x, temperature, top_k, top_p, seed, offset, V, BLOCK: tl.constexpr, SH
 def _sample_kernel(
     Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, Token_ptr, V,
     logits_stride, seed_stride, seen_stride, blocked_stride,
-    BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_BLOCKED: tl.constexpr,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_BLOCKED: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
+    announce(HAS_PDL)
+    wait_for_inputs(HAS_PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     in_row = columns < V
@@ -258,8 +261,8 @@ def sample_triton(
     _sample_kernel[(batch,)](
         logits, controls.contiguous(), seed, offset, seen, blocked, tokens, width,
         logits.stride(0), seed.stride(0), 0 if seen is None else seen.stride(0), 0 if blocked is None else blocked.stride(0),
-        BLOCK=block, SHIFT=shift, HAS_SEEN=seen is not None, HAS_BLOCKED=blocked is not None,
-        num_warps=num_warps or max(1, min(16, block // 256)), debug=True, sanitize_overflow=False,
+        BLOCK=block, SHIFT=shift, HAS_SEEN=seen is not None, HAS_BLOCKED=blocked is not None, HAS_PDL=has_pdl(logits.device),
+        num_warps=num_warps or max(1, min(16, block // 256)), debug=True, sanitize_overflow=False, launch_pdl=has_pdl(logits.device),
     )  # fmt: skip
     return tokens
 

@@ -7,6 +7,7 @@ import importlib
 
 from qtts_compile.patterns.fuse import (
     add_rms_norm,
+    embedding_linear,
     inline_swiglu,
     linear_add,
     norm_linears,
@@ -27,7 +28,17 @@ LIFT = (
     rms_norm.PATTERN,
     swiglu.PATTERN,
 )
-FUSE = (qk_norm_rope_kv_write, qk_norm_rope_attention, norm_swiglu, linear_add, norm_linears, add_rms_norm, rotary_qk, inline_swiglu)
+FUSE = (
+    qk_norm_rope_kv_write,
+    qk_norm_rope_attention,
+    norm_swiglu,
+    linear_add,
+    embedding_linear,
+    norm_linears,
+    add_rms_norm,
+    rotary_qk,
+    inline_swiglu,
+)
 
 # The op that a rewrite leaves in the graph; importing a kernel's module registers its op.
 OPS = {
@@ -43,6 +54,7 @@ OPS = {
     "norm_linears": "norm_linears",
     "norm_swiglu": "norm_swiglu",
     "linear_add": "linear_add",
+    "embedding_linear": "embedding_linear",
 }
 for _module in dict.fromkeys(OPS.values()):
     importlib.import_module(f"qtts_compile.kernels.{_module.removesuffix('_qk')}")

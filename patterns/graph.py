@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    return path.replace("L['self']", "").replace("L['fn']", "").lstrip(".") if isinstance(path, str) else ""
+    return re.sub(r"^L\['(self|fn|layer|model)'\]", "", path).lstrip(".") if isinstance(path, str) else ""
 
 
 def _getitem(graph: fx.Graph, before: fx.Node, call: fx.Node, index: int) -> fx.Node:

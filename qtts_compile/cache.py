@@ -30,31 +30,37 @@ class StaticKVCache(nn.Module):
             for name in ("keys", "values"):
                 add_buffer(self, f"{name}_{layer}", shape, dtype, device)
 
-    def prompt(self, positions: Tensor) -> Cache:
+    def prompt(self, positions: Tensor) -> View:
         """Return the view that writes a prompt's keys and values to the slots ``positions`` ``[T]`` and attends over the prompt alone."""
-        return _PromptView(self, positions)
+        return View(self, positions, whole=False)
 
-    def step(self, positions: Tensor) -> Cache:
+    def step(self, positions: Tensor) -> View:
         """Return the view that writes to the slots ``positions`` ``[T]`` and attends over all slots; the caller's mask says which count."""
-        return _StepView(self, positions)
-
-    def write(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``[batch, kv_heads, T, head_dim]`` to the slots ``positions`` ``[T]`` of a layer and return the layer's whole buffers."""
-        buffers = self.get_buffer(f"keys_{layer}"), self.get_buffer(f"values_{layer}")
-        for buffer, new in zip(buffers, (keys, values)):
-            buffer.index_copy_(2, positions, new)
-        return buffers
+        return View(self, positions, whole=True)
 
 
-class _StepView(Cache):
-    def __init__(self, cache: StaticKVCache, positions: Tensor) -> None:  # Cache's own constructor would make layers of its own
-        self.cache, self.positions = cache, positions
+class View(Cache):
+    """A cache at the slots ``positions`` ``[T]``, as a stack sees it; ``whole``: it attends over all slots, else over what it writes."""
+
+    def __init__(self, cache: StaticKVCache, positions: Tensor, whole: bool) -> None:  # Cache's own constructor would make layers of its own
+        self.cache, self.positions, self.whole = cache, positions, whole
+
+    def layer(self, index: int) -> LayerView:
+        """Return what one layer sees of it."""
+        keys, values = (self.cache.get_buffer(f"{name}_{index}") for name in ("keys", "values"))
+        return LayerView(keys, values, self.positions, self.whole)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.cache.write(layer_idx, self.positions, key_states, value_states)
+        return self.layer(layer_idx).update(key_states, value_states, layer_idx)
 
 
-class _PromptView(_StepView):
+class LayerView(Cache):
+    """One layer's keys and values ``[batch, kv_heads, slots, head_dim]``, written at the slots ``positions`` ``[T]``."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor, whole: bool) -> None:
+        self.keys, self.values, self.positions, self.whole = keys, values, positions, whole
+
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        super().update(key_states, value_states, layer_idx)
-        return key_states, value_states
+        self.keys.index_copy_(2, self.positions, key_states)
+        self.values.index_copy_(2, self.positions, value_states)
+        return (self.keys, self.values) if self.whole else (key_states, value_states)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtts_compile.launcher import Launcher
+from qtts_compile.launcher import Launcher, mark_varying
 from qtts_compile.streaming_decoder import StreamingDecoder
 
 
@@ -48,7 +48,13 @@ class Codec:
         self._decoder = StreamingDecoder(decoder)
         self._device = next(decoder.parameters()).device
         launcher = launcher or Launcher(self._device)
-        self._run, self._any_size = launcher.wrap(launcher.compile(self._decoder), varying=2), launcher.mode is None
+        decode, self._any_size = launcher.compile(self._decoder), not launcher.compiles
+
+        def run(codes: torch.Tensor) -> torch.Tensor:
+            mark_varying((codes, 2))
+            return decode(codes)
+
+        self._run = launcher.wrap(run)
         self._sizes = sorted(sizes)
         config: Any = decoder.config
         self._codebooks: int = config.num_quantizers

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import zlib
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qtts_compile import demo_config
+from qtts_compile import demo_config, user_cache
 from qtts_compile.demo_config import KINDS, Kind
 from qtts_compile.environment import import_qwen_tts
 
@@ -22,11 +21,10 @@ GAINS = {"decoder.decoder.6.conv.weight": 0.01}  # the codec's last convolution:
 def cached_checkpoint(kind: Kind = "custom_voice", seed: int = 0) -> Path:
     """Return the demo checkpoint from the cache, building it first where it is missing.
 
-    The cache is ``$QTTS_COMPILE_CACHE``, else ``$XDG_CACHE_HOME/qtts_compile``, else ``~/.cache/qtts_compile``.
+    The cache is :func:`qtts_compile.user_cache.folder`.
     """
-    base = os.environ.get("QTTS_COMPILE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qtts_compile"
     recipe = hashlib.sha256(b"".join(Path(path).read_bytes() for path in (__file__, demo_config.__file__))).hexdigest()[:12]
-    directory = Path(base) / f"demo-{kind}-seed{seed}-{recipe}"
+    directory = user_cache.folder() / f"demo-{kind}-seed{seed}-{recipe}"
     return directory if directory.is_dir() else build_checkpoint(directory, kind=kind, seed=seed)
 
 

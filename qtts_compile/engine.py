@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qtts_compile.frame import Frame, Prompt, SpeechState
 from qtts_compile.launcher import Launcher
+from qtts_compile.regions import Stack
 from qtts_compile.sampling import Settings
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -62,6 +63,7 @@ class Engine:
         self.talker, self.max_seq_len = talker, max_seq_len
         self.launcher = launcher or Launcher(next(talker.parameters()).device)
         self._runners: dict[int, Runner] = {}
+        self._stacks: tuple[Stack, Stack] | None = None
 
     @property
     def max_batch_size(self) -> int:
@@ -84,22 +86,34 @@ class Engine:
             raise ValueError(f"the prompt has {length} tokens, and {fits}: shorten it or raise max_seq_len")
         batch = next(size for size in BATCH_SIZES if size >= rows)
         if batch not in self._runners:
-            self._runners[batch] = Runner(self.talker, batch, self.max_seq_len, self.launcher)
+            with torch.inference_mode(False):
+                self._runners[batch] = Runner(self.talker, SpeechState(self.talker, batch, self.max_seq_len), self._take_apart(), self.launcher)
         runner = self._runners[batch]
         inputs = inputs.padded_to(batch, min(padded_length(length), self.max_seq_len))
         runner.state.reset(settings, inputs.mask.argmax(1), torch.tensor([*seeds, *[0] * (batch - rows)]))
         runner.read(inputs.embeds, torch.tensor([length], device=inputs.embeds.device))
         return Speech(runner, inputs, settings, rows, length)
 
+    def _take_apart(self) -> tuple[Stack, Stack]:
+        """Return the layers of the talker and of the code predictor, which all batch sizes share."""
+        if self._stacks is None:
+            launcher, predictor = self.launcher, self.talker.code_predictor
+            compile = launcher.compile if launcher.compiles else None
+            split = "layers" not in launcher.options  # that option tells layers apart
+            self._stacks = (
+                Stack(self.talker.model, 3, self.max_seq_len, compile, split),
+                Stack(predictor.model, 1, self.talker.config.num_code_groups, compile, split),
+            )
+        return self._stacks
+
 
 class Runner:
     """The memory of one batch size, and what runs in it."""
 
-    def __init__(self, talker: Any, batch: int, slots: int, launcher: Launcher) -> None:
-        with torch.inference_mode(False):
-            self.state = SpeechState(talker, batch, slots)
-            self.read = launcher.wrap(launcher.compile(Prompt(talker, self.state)), varying=1)
-            self.speak = launcher.wrap(Frame(talker, self.state, launcher.compile))
+    def __init__(self, talker: Any, state: SpeechState, stacks: tuple[Stack, Stack], launcher: Launcher) -> None:
+        self.state = state
+        self.read = launcher.wrap(Prompt(talker, state, stacks[0], launcher.compile))
+        self.speak = launcher.wrap(Frame(talker, state, *stacks, launcher.compile))
 
 
 class Speech:

@@ -7,7 +7,6 @@ graph of a frame replays without arguments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 
 from qtts_compile.cache import StaticKVCache, add_buffer
 from qtts_compile.kernels.sample import sample
+from qtts_compile.launcher import mark_varying
+from qtts_compile.regions import Angles, Compile, Stack
 from qtts_compile.sampling import Settings
 
 
@@ -84,31 +85,43 @@ class SpeechState(nn.Module):
 
 
 class Prompt(nn.Module):
-    """Read a prompt, fill the cache and choose the first code."""
+    """Read a prompt, fill the cache and choose the first code.
 
-    def __init__(self, talker: Any, state: SpeechState) -> None:
+    Args:
+        talker: the model.
+        state: the utterances.
+        stack: the talker's layers.
+        compile: compiles a part of it.
+    """
+
+    def __init__(self, talker: Any, state: SpeechState, stack: Stack, compile: Compile = lambda part: part) -> None:
         super().__init__()
-        self.talker, self.state = talker, state
+        self.talker, self.state, self.stack = talker, state, stack
+        self._place, self._choose = compile(self.place), compile(self.choose)
 
     def forward(self, embeds: Tensor, length: Tensor) -> None:
         """Read ``embeds`` ``[B, T, H]``, of which the first ``length`` ``[1]`` int64 slots count; rows are padded at their left up to ``start``.
 
         What lies beyond ``length`` pads the prompt to a size that is compiled already: no token sees it, and the frames overwrite it.
         """
-        state = self.state
+        mark_varying((embeds, 1))
+        slots, mask, positions, angles = self._place(embeds)
+        hidden = self.stack(embeds, mask, positions, angles, self.state.cache.prompt(slots), varying=True)
+        mark_varying((hidden, 1))
+        self._choose(hidden, length)
+
+    def place(self, embeds: Tensor) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
+        """Return slots ``[T]``, mask ``[B, 1, T, T]``, positions ``[B, T]`` and their angles for a prompt ``[B, T, H]``."""
         slots = torch.arange(embeds.shape[1], device=embeds.device)
-        start = state.start[:, None, None]
+        start = self.state.start[:, None]
         # Padding sees itself, so that no row of the softmax is empty: a NaN would spread through its values.
-        mask = (slots <= slots[:, None]) & (slots >= start) | (slots == slots[:, None])
-        positions = (slots - state.start[:, None]).clamp(min=0)
-        hidden = self.talker.model(
-            inputs_embeds=embeds,
-            attention_mask=mask[:, None],
-            position_ids=positions.expand(3, -1, -1),
-            past_key_values=state.cache.prompt(slots),
-            cache_position=slots,
-            use_cache=True,
-        ).last_hidden_state.index_select(1, length - 1)
+        mask = (slots <= slots[:, None]) & (slots >= start[:, None]) | (slots == slots[:, None])
+        positions = (slots - start).clamp(min=0)
+        return slots, mask[:, None], positions, self.stack.angles(positions)
+
+    def choose(self, hidden: Tensor, length: Tensor) -> None:
+        """Choose the first code after the hidden states ``[B, T, H]`` of the first ``length`` ``[1]`` tokens."""
+        state, hidden = self.state, self.stack.norm(hidden.index_select(1, length - 1))
         state.hidden.copy_(hidden)
         state.position.copy_(length)
         state.choose(self.talker.codec_head(hidden[:, -1]), state.frame)
@@ -117,76 +130,86 @@ class Prompt(nn.Module):
 class Frame(nn.Module):
     """Complete one frame of 16 codes and choose the first code of the next.
 
+    What repeats is compiled once: a layer of the code predictor, which runs 15 times a frame, what stands between its passes, and a layer of the
+    talker. Without ``compile``, and with stacks made without, the frame is one function that ``torch.compile`` traces as a whole.
+
     Args:
         talker: the model.
         state: the utterances.
-        compile: compiles a part of the frame. The code predictor's pass is one such part, called for each code with that code's own layers, so
-            that 14 equal passes are traced and compiled once.
+        stack: the talker's layers.
+        predictor: the code predictor's layers.
+        compile: compiles a part of the frame.
     """
 
     slots: Tensor
-    passes: Tensor
 
-    def __init__(self, talker: Any, state: SpeechState, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda part: part) -> None:
+    def __init__(self, talker: Any, state: SpeechState, stack: Stack, predictor: Stack, compile: Compile = lambda part: part) -> None:
         super().__init__()
-        self.talker, self.state = talker, state
-        slots = torch.arange(max(state.slots, state.groups), device=state.token.device)
-        self.register_buffer("slots", slots, persistent=False)
-        # Each pass's slot lies at an address that is a multiple of 16 bytes, as compiled code wants it, instead of every other.
-        self.register_buffer("passes", slots[: state.groups, None].repeat(1, 2), persistent=False)
-        self._open, self._choose, self._step = compile(self.open), compile(self.choose), compile(self.step)
+        self.talker, self.state, self.stack, self.predictor = talker, state, stack, predictor
+        self.register_buffer("slots", torch.arange(state.slots, device=state.token.device), persistent=False)
+        self._passes = [self._pass(group) for group in range(1, state.groups)]
+        self._open, self._choose = compile(self.open), compile(self.choose)
+        self._hear, self._close = compile(self.hear), compile(self.close)
+
+    def _pass(self, group: int) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
+        """Return slots ``[T]``, mask ``[1, 1, T, groups]``, positions ``[1, T]`` and their angles in the predictor's pass for a code.
+
+        Each lies in memory of its own, at an address that compiled code likes.
+        """
+        slots = torch.tensor([0, 1] if group == 1 else [group], device=self.slots.device)
+        mask = torch.arange(self.state.groups, device=slots.device) <= slots[:, None]
+        return slots, mask[None, None], slots[None], self.predictor.angles(slots[None])
 
     def forward(self) -> None:
         """Speak one frame while the talker hears ``state.text``."""
-        predictor = self.talker.code_predictor
-        heads, embeddings = predictor.lm_head, predictor.get_input_embeddings()
-        first, code, embed = self._open(heads[0], embeddings[0])
-        codes, embeds = [code], [first, embed]
-        for group in range(2, self.state.groups):
-            code, embed = self._choose(embed, self.passes[group, :1], heads[group - 1], embeddings[group - 1])
-            codes.append(code)
-            embeds.append(embed)
-        self._step(codes, embeds)
-
-    def open(self, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the embedding of the code chosen last, the code after it and that one's embedding."""
-        first = self.talker.get_input_embeddings()(self.state.token)
-        return first, *self.choose(torch.cat((self.state.hidden, first), 1), self.slots[:2], head, embedding)
-
-    def choose(self, inputs: Tensor, positions: Tensor, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor]:
-        """Choose a code ``[B, 1]``, and return it and its embedding ``[B, 1, H]``.
-
-        ``inputs`` ``[B, T, H]`` go to the slots ``positions`` ``[T]`` of the predictor's cache, of which the last is the code's number.
-        """
         predictor, state = self.talker.code_predictor, self.state
-        hidden = predictor.model(
-            inputs_embeds=predictor.small_to_mtp_projection(inputs),
-            attention_mask=(self.slots[: state.groups] <= positions[:, None])[None, None],
-            position_ids=positions[None],
-            past_key_values=state.sub_cache.step(positions),
-            cache_position=positions,
-            use_cache=True,
-        ).last_hidden_state
-        draw = state.frame * state.groups + positions[-1:]
-        code = sample(head(hidden[:, -1]), state.sub_controls, state.seed, draw)[:, None]
-        return code, embedding(code)
+        heads, embeddings = predictor.lm_head, predictor.get_input_embeddings()
+        inputs, draws = self._open()
+        codes = []
+        for draw, (slots, mask, positions, angles), head, embedding in zip(draws, self._passes, heads, embeddings):
+            hidden = self.predictor(inputs, mask, positions, angles, state.sub_cache.step(slots))
+            code, inputs = self._choose(hidden, draw[:1], head, embedding)
+            codes.append(code)
+        heard, mask, positions, angles = self._hear(codes)
+        self._close(self.stack(heard, mask, positions, angles, state.cache.step(state.position)))
 
-    def step(self, codes: list[Tensor], embeds: list[Tensor]) -> None:
-        """Store the frame's ``codes``, of which the talker chose the first, and let the talker hear the sum of all their embeddings."""
-        talker, state = self.talker, self.state
-        state.codes.index_copy_(1, state.frame, torch.cat([state.token, *codes], 1)[:, None])
-        position, slots = state.position, self.slots[: state.slots]
-        mask = (slots <= position) & (slots >= state.start[:, None])
-        hidden = talker.model(
-            inputs_embeds=torch.cat(embeds, 1).sum(1, keepdim=True) + state.text,
-            attention_mask=mask[:, None, None],
-            position_ids=(position - state.start)[:, None].expand(3, -1, -1),
-            past_key_values=state.cache.step(position),
-            cache_position=position,
-            use_cache=True,
-        ).last_hidden_state
-        logits = talker.codec_head(hidden[:, -1])
+    def open(self) -> tuple[Tensor, Tensor]:
+        """Return what the predictor reads first ``[B, 2, H']``, and in column 0 the numbers of its draws ``[groups - 1, 2]``.
+
+        Each number lies at an address that is a multiple of 16 bytes, as compiled code wants it.
+        """
+        state, groups = self.state, self.state.groups
+        embed = self.talker.get_input_embeddings()(state.token)
+        draws = state.frame * groups + torch.arange(1, groups, device=embed.device)
+        return self.talker.code_predictor.small_to_mtp_projection(torch.cat((state.hidden, embed), 1)), draws[:, None].repeat(1, 2)
+
+    def choose(self, hidden: Tensor, draw: Tensor, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor]:
+        """Choose a code ``[B, 1]`` by ``draw`` ``[1]`` after the predictor's ``hidden`` states ``[B, T, H']``, and return it.
+
+        With it comes what the predictor reads next ``[B, 1, H']``.
+        """
+        logits = head(self.predictor.norm(hidden[:, -1]))
+        code = sample(logits, self.state.sub_controls, self.state.seed, draw)[:, None]
+        return code, self.talker.code_predictor.small_to_mtp_projection(embedding(code))
+
+    def hear(self, codes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
+        """Store the frame's ``codes``, of which the talker chose the first, and return what the talker hears: the sum of all their embeddings.
+
+        After it come the mask ``[B, 1, 1, slots]``, the position ``[B, 1]`` and its angles.
+        """
+        state, position = self.state, self.state.position
+        codes = [state.token, *codes]
+        state.codes.index_copy_(1, state.frame, torch.cat(codes, 1)[:, None])
+        embeddings = self.talker.get_input_embeddings(), *self.talker.code_predictor.get_input_embeddings()
+        embeds = torch.cat([embedding(code) for embedding, code in zip(embeddings, codes)], 1)
+        mask = (self.slots <= position) & (self.slots >= state.start[:, None])
+        positions = (position - state.start)[:, None]
+        return embeds.sum(1, keepdim=True) + state.text, mask[:, None, None], positions, self.stack.angles(positions)
+
+    def close(self, hidden: Tensor) -> None:
+        """Choose the next frame's first code after the talker's ``hidden`` states ``[B, 1, H]``."""
+        state, hidden = self.state, self.stack.norm(hidden)
         state.frame.add_(1)
         state.position.add_(1)
         state.hidden.copy_(hidden)
-        state.choose(logits, state.frame)
+        state.choose(self.talker.codec_head(hidden[:, -1]), state.frame)

@@ -47,19 +47,22 @@ class Launcher:
         self._pool = torch.cuda.graph_pool_handle() if self.records else None
         self._stream = torch.cuda.Stream(device) if self.records else None
 
+    @property
+    def compiles(self) -> bool:
+        """Whether :meth:`compile` does."""
+        return self.mode is not None
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` compiled as one graph, to be called in what :meth:`wrap` is given."""
-        return function if self.mode is None else torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False, options=self.options)
+        if not self.compiles:
+            return function
+        return torch.compile(function, backend=self.backend, fullgraph=True, dynamic=False, options=self.options)
 
-    def wrap(self, run: Callable[..., Any], varying: int | None = None) -> Callable[..., Any]:
+    def wrap(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """Return a callable that does ``run`` in inference mode.
 
         Where CUDA graphs are recorded, the first call with new shapes runs and compiles, the second records and replays, and the later ones replay;
-        the result lies in memory that the next launch may overwrite.
-
-        Args:
-            run: takes tensors.
-            varying: dimension of its first argument that is compiled once for all sizes above 1.
+        the result lies in memory that the next launch may overwrite. ``run`` takes tensors.
         """
         known: dict[tuple[torch.Size, ...], _Recording] = {}
 
@@ -67,12 +70,12 @@ class Launcher:
         def launch(*args: Tensor) -> Any:
             with self._lock, torch.inference_mode(), self._on_device():
                 if not self.records:
-                    return self._run(run, args, varying)
+                    return self._run(run, args)
                 shapes = tuple(arg.shape for arg in args)
                 if shapes in known:
                     return self._replay(known[shapes], run, args)
                 recording = _Recording(tuple(arg.clone() for arg in args))
-                result = self._run(run, recording.inputs, varying)
+                result = self._run(run, recording.inputs)
                 known[shapes] = recording
                 return result
 
@@ -81,9 +84,7 @@ class Launcher:
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
-    def _run(self, run: Callable[..., Any], args: tuple[Tensor, ...], varying: int | None) -> Any:
-        if varying is not None and self.mode is not None and args[0].shape[varying] > 1:
-            torch._dynamo.mark_dynamic(args[0], varying)
+    def _run(self, run: Callable[..., Any], args: tuple[Tensor, ...]) -> Any:
         self.runs += 1
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             return run(*args)
@@ -100,6 +101,13 @@ class Launcher:
             self.recordings += 1
         recording.graph.replay()
         return recording.result
+
+
+def mark_varying(*dimensions: tuple[Tensor, int]) -> None:
+    """Have what is compiled for these tensors serve any size above 1 of these dimensions of theirs, if theirs is."""
+    for tensor, dim in dimensions:
+        if tensor.shape[dim] > 1:
+            torch._dynamo.mark_dynamic(tensor, dim % tensor.ndim)
 
 
 @dataclass

@@ -18,6 +18,8 @@ sys.path.append(str(Path(__file__).parent / "kernels"))  # for numerics.py and i
 # The test processes share the machine, and small operators run many times slower when several threads wait for each other.
 torch.set_num_threads(1)
 
+os.environ["QTTS_COMPILE_SEARCH"] = "0"  # a test's odd shapes are not worth measuring launches for
+
 hypothesis.settings.register_profile(
     "qtts",
     max_examples=20,

@@ -14,12 +14,12 @@ import bench.speech
 from bench.decoder import check_audio, decoder
 from bench.engines import enter_launches
 from bench.hearing import WrongAudio
-from bench.jobs import JOBS, chosen
 from bench.models import build, parameters
+from bench.registry import ROWS, chosen
+from bench.run import Run
 from bench.speech import arguments_of, main, table
 from bench.task import CHECKED_FRAMES, Task, WrongCodes, agreement, check, generate
 from bench.timing import SKIPS, figure
-from bench.worker import Run
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +68,14 @@ def test_models_have_as_many_parameters_as_the_published_ones(size, of_model):
 
 
 def test_jobs_come_in_order_with_what_they_need():
-    assert chosen(["warm-start", "eager", "qtts"]) == ["qtts", "eager", "checkpoint", "cold-start", "warm-start"]
+    assert list(chosen(["warm-start", "eager", "qtts"])) == ["qtts", "eager", "checkpoint", "cold-start", "warm-start"]
     with pytest.raises(ValueError, match="no rows are called 'qqts'; there are qtts, eager"):
         chosen(["qqts"])
 
 
 def test_the_command_line_refuses_what_measures_nothing(capsys):
-    assert arguments_of([]).rows == list(JOBS) and arguments_of(["--mode", "none"]).mode is None
-    for wrong in (["--rows", "qqts"], ["--repeats", "2"], ["--frames", "0"]):
+    assert arguments_of([]).rows == list(ROWS) and arguments_of(["--tiny"]).mode == "none"
+    for wrong in (["--rows", "qqts"], ["--mode", "fast"], ["--repeats", "2"], ["--frames", "0"]):
         with pytest.raises(SystemExit):
             arguments_of(wrong)
     assert "at least 1 frame and 3 repeats" in capsys.readouterr().err
@@ -94,9 +94,9 @@ def test_table_joins_the_figures_of_a_job():
         {"job": "qtts", "row": "kernels", "error": "RuntimeError: no CUPTI"},
     ]
     speed, memory, error = table(rows).splitlines()[1:]
-    assert speed.split() == ["qtts", "positions", "64", "to", "164", "5.50", "5.00", "6.00", "14.50", "91.20", "0", "4.25", "-"]
+    assert speed.split() == ["qtts", "positions", "64", "to", "164", "5.50", "5.00", "6.00", "14.50", "91.20", "0", "4.25", "-", "-", "-"]
     assert memory == "qtts, memory: allocated, frames 4.25 GiB"
-    assert error == "qtts, kernels: RuntimeError: no CUPTI"
+    assert error == "qtts, kernels: FAILED RuntimeError: no CUPTI"
 
 
 @pytest.fixture
@@ -175,9 +175,9 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def test_jobs_run_in_processes_of_their_own(command):
-    failures, printed, rows = command("--rows", "hybrid", "checkpoint")
-    assert failures == 0 and [row["job"] for row in rows] == ["hybrid", "checkpoint"]
-    assert "hybrid, all: SKIPPED: needs a GPU" in printed and "checkpoint, written: weights 0.01 GB" in printed
+    failures, printed, rows = command("--rows", "faster", "checkpoint")
+    assert failures == 0 and [row["job"] for row in rows] == ["faster", "checkpoint"]
+    assert "faster, all: SKIPPED: needs a GPU" in printed and "checkpoint, written: weights 0.01 GB" in printed
 
 
 def test_a_failing_job_costs_no_other(command, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_failing_job_costs_no_other(command, tmp_path, monkeypatch):
     failures, printed, rows = command("--rows", "decoder", "eager")
     assert failures == 2 and [row["job"] for row in rows] == ["eager", "decoder"]
     assert {row["error"] for row in rows} == {"exit status 3: ValueError: no luck"}
-    assert "decoder, the rest: exit status 3: ValueError: no luck" in printed.splitlines()[-1]
+    assert "decoder, the rest: FAILED exit status 3: ValueError: no luck" in printed.splitlines()[-1]
 
 
 def test_jobs_are_stopped_at_their_limit(command):

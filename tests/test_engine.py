@@ -1,6 +1,7 @@
 """The engine: codes equal to transformers' own generate, ends of speech, limits, batches, and the frame as one rewritten graph."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from qtts_compile import collect
 from qtts_compile.engine import Engine, PromptInputs, padded_length
 from qtts_compile.frame import Frame, SpeechState
 from qtts_compile.launcher import Launcher
+from qtts_compile.regions import Stack
 from qtts_compile.sampling import Settings
 
 CPU = torch.device("cpu")
+FINAL_NORM = Counter(rms_norm=1)
 SUPPRESSED = [token for token in range(CODES, 2 * CODES) if token != END_OF_SPEECH]
 
 
@@ -175,7 +178,7 @@ def test_padded_lengths():
 
 
 @pytest.mark.parametrize(("lengths", "size"), [([9], "1.7b"), ([9, 5], "0.6b")], ids=str)
-def test_what_a_frame_calls_is_rewritten_once(lengths, size):
+def test_the_layers_of_a_frame_are_rewritten_once(lengths, size):
     talker = build_talker(size)
     engine = Engine(talker, max_seq_len=64, launcher=Launcher(CPU, "default", options={"executor": "eager", "strict": True}))
     torch.compiler.reset()
@@ -184,21 +187,42 @@ def test_what_a_frame_calls_is_rewritten_once(lengths, size):
         other = speak(engine, prompt(talker, [length + 9 for length in lengths]), settings()).codes.clone()
     assert torch.equal(compiled, generate_codes(talker, 32, lengths, repetition_penalty=1.0))
     assert torch.equal(other, speak(Engine(talker, max_seq_len=64), prompt(talker, [n + 9 for n in lengths]), settings()).codes)
-    read, first, later, step = report.graphs  # prompts of any length, the predictor's pass over two tokens, its 14 over one, and the talker's step
+    # What surrounds the layers, and one layer for all, in prompts of any length, the predictor's pass over two tokens, its 14 over one, and the step.
+    _, read, chosen, opened, first, first_code, later, code, _, step, closed = report.graphs
     assert report.graph_breaks == [] and report.refusals == []
-    predictor, stack = case("predictor"), case(f"talker-{size}")
-    assert kernels(read) == expected_kernels(stack, "prefill", "static", rows=None) + Counter(norm_linears=1)  # the head
-    rows, heads = len(lengths), Counter(norm_linears=1 + (size == "1.7b"))  # and the projection of the talker's width to the predictor's
-    assert kernels(first) == expected_kernels(predictor, "decode", "static", 2 * rows) + heads
-    # The final norm of a pass over one token goes into the head.
-    assert kernels(later) == expected_kernels(predictor, "decode", "static", rows) + heads - Counter(rms_norm=1)
-    assert kernels(step) == expected_kernels(stack, "decode", "static", rows) + Counter(norm_linears=1)
+    predictor, stack = layer(case("predictor")), layer(case(f"talker-{size}"))
+    rows, projects = len(lengths), int(size == "1.7b")  # the talker's width to the predictor's
+    assert kernels(read) == expected_kernels(stack, "prefill", "static", rows=None) - Counter(add_rms_norm=1)  # that after the layer
+    assert kernels(first) == expected_kernels(predictor, "decode", "static", 2 * rows) - FINAL_NORM
+    assert kernels(later) == expected_kernels(predictor, "decode", "static", rows) - FINAL_NORM
+    assert kernels(step) == expected_kernels(stack, "decode", "static", rows) - FINAL_NORM
+    assert kernels(opened) == Counter(norm_linears=projects)
+    # The final norm goes into the predictor's heads, which alone read it; the talker's is part of the next frame as well.
+    assert kernels(first_code) == kernels(code) == Counter(norm_linears=1, embedding_linear=projects)
+    assert kernels(chosen) == kernels(closed) == FINAL_NORM + Counter(norm_linears=1)
+
+
+def layer(whole):
+    """Return the structure of one layer of a stack."""
+    return replace(whole, layers=1)
+
+
+def test_a_range_of_layers_is_rewritten_in_stacks_compiled_whole():
+    talker = build_talker("0.6b")
+    options = {"executor": "eager", "layers": (0, 2)}
+    engine = Engine(talker, max_seq_len=64, launcher=Launcher(CPU, "default", options=options))
+    torch.compiler.reset()
+    with collect() as report:
+        codes = speak(engine, prompt(talker, [9]), settings()).codes
+    assert torch.equal(codes, generate_codes(talker, 32, [9]))
+    steps = [kernels(graph)["qk_norm_rope_attention"] for graph in report.graphs]
+    assert [count for count in steps if count] == [2, 2, 2]
 
 
 def test_a_frame_can_be_compiled_as_one_function():
     talker = build_talker("0.6b")
     torch.compiler.reset()
-    frame = Frame(talker, SpeechState(talker, 1, 32))
+    frame = Frame(talker, SpeechState(talker, 1, 32), Stack(talker.model, 3, 32), Stack(talker.code_predictor.model, 1, 16))
     with collect() as report, torch.inference_mode():
         torch.compile(frame, backend="qtts", fullgraph=True, options={"executor": "eager", "strict": True})()
     assert len(report.graphs) == 1 and report.lifted["attention"] == 15 * case("predictor").layers + case("talker-0.6b").layers

@@ -61,7 +61,7 @@ import qtts_compile.kernels.rms_norm, qtts_compile.patterns.lift.rms_norm
 from importlib.metadata import entry_points, metadata
 (script,) = entry_points(group="console_scripts", name="qtts")
 assert script.load().__module__ == "qtts_compile.cli"
-assert metadata("qtts-compile").get_all("Provides-Extra") == ["tts", "tts-hf", "test", "dev"]
+assert metadata("qtts-compile").get_all("Provides-Extra") == ["tts", "tts-hf", "bench", "test", "dev"]
 assert metadata("qtts-compile")["Version"] == qtts_compile.__version__
 print(qtts_compile.__file__)
 """

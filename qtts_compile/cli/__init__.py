@@ -1,10 +1,11 @@
-"""The command ``qtts``: speak a text, show what was rewritten, show what is installed."""
+"""The command ``qtts``: speak a text, show what was rewritten, show what is installed, measure."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qtts_compile.cli.bench import bench
 from qtts_compile.cli.common import DEMO_TEXT, DTYPES, UsageError
 from qtts_compile.cli.demo import demo, env, explain
 from qtts_compile.cli.speak import clone, design, speak
@@ -15,8 +16,11 @@ Command = argparse.ArgumentParser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 1 a check failed, 2 wrong usage."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["bench"]:  # whose command line is the checkout's
+            return bench(argv[1:])
+        arguments = _parser().parse_args(argv)
         return arguments.run(arguments)
     except UsageError as error:
         print(f"qtts: error: {error}", file=sys.stderr)
@@ -56,6 +60,7 @@ def _parser() -> Command:
     _add_run_options(explaining, 4)
 
     command(env)
+    commands.add_parser("bench", help=bench.__doc__)
 
     showing = command(demo)
     showing.add_argument("--text", default=DEMO_TEXT, help="what to say")

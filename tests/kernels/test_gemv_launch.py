@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +7,8 @@ from hypothesis import strategies as st
 from numerics import DTYPES
 
 from qtts_compile.kernels import gemv_launch
-from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, MEASURED, Launch, choose_launch, launch_options
+from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, candidates, choose_launch, launch_options
+from qtts_compile.kernels.launch_table import Launch, Shape
 
 rows = st.integers(1, 16)
 sizes = st.one_of(st.integers(1, 20), st.integers(1, 20000))
@@ -17,7 +20,7 @@ def is_power_of_2(value):
 
 @given(rows, sizes, sizes, st.sampled_from(DTYPES), st.sampled_from([1, 2]))
 def test_every_shape_has_a_valid_launch(rows, outputs, width, dtype, matrices):
-    launch = choose_launch("op", rows, outputs, width, dtype, matrices)
+    launch = choose_launch(rows, outputs, width, dtype, matrices)
     assert all(is_power_of_2(value) for value in launch)
     assert launch.block_m >= rows and launch.num_warps <= 8
     assert launch.block_n * launch.block_k * matrices * dtype.itemsize <= 64 * 1024
@@ -28,7 +31,7 @@ def test_every_shape_has_a_valid_launch(rows, outputs, width, dtype, matrices):
 @pytest.mark.parametrize("outputs", [1024, 2048, 3072, 4096])
 @pytest.mark.parametrize("width", [1024, 2048, 3072, 6144])
 def test_one_row_fills_an_h200(outputs, width):
-    launch = choose_launch("op", 1, outputs, width, torch.bfloat16)
+    launch = choose_launch(1, outputs, width, torch.bfloat16)
     assert outputs / launch.block_n >= 3 * 132
     assert launch.block_n * width * 2 >= 4096
 
@@ -36,7 +39,7 @@ def test_one_row_fills_an_h200(outputs, width):
 @given(rows, st.integers(1, 64), sizes, st.sampled_from(DTYPES), st.sampled_from([1, 2, 8]), st.sampled_from([16, 512, 4096]))
 def test_tiles_in_flight_fit_the_registers_and_the_row(rows, outputs, width, dtype, num_warps, block_k):
     x, weight = torch.empty(rows, width, dtype=dtype), torch.empty(outputs, width, dtype=dtype)
-    options = launch_options("op", x, [weight], outputs, block_n=2, block_k=block_k, num_warps=num_warps, block_m=None)
+    options = launch_options("op", len(x), [weight], outputs, lambda *_: None, block_n=2, block_k=block_k, num_warps=num_warps, block_m=None)
     assert (options["BLOCK_N"], options["BLOCK_K"], options["num_warps"]) == (2, block_k, num_warps)
     in_flight = options["IN_FLIGHT"]
     assert in_flight >= 1 and (in_flight - 1) * block_k < width
@@ -44,14 +47,47 @@ def test_tiles_in_flight_fit_the_registers_and_the_row(rows, outputs, width, dty
     assert block_k // options["SPLITS"] >= 16
 
 
-def test_measured_launches_come_first(monkeypatch):
-    measured = Launch(8, 32, 512, 2)
-    monkeypatch.setitem(gemv_launch.MEASURED, ("op", 64, 128, 4), measured)
-    assert choose_launch("op", 3, 64, 128, torch.bfloat16) == choose_launch("op", 4, 64, 128, torch.float16) == measured
-    for other in (("op", 2, 64, 128, torch.bfloat16), ("op", 4, 64, 128, torch.float32), ("another", 4, 64, 128, torch.bfloat16)):
-        assert choose_launch(*other) != measured
+@given(rows, sizes, sizes, st.sampled_from(DTYPES), st.sampled_from([1, 2]))
+def test_a_search_tries_the_rule_s_choice_and_nothing_twice(rows, outputs, width, dtype, matrices):
+    launches = candidates(rows, outputs, width, dtype, matrices)
+    assert launches[0] == choose_launch(rows, outputs, width, dtype, matrices) and len(set(launches)) == len(launches)
+    assert all(is_power_of_2(value) for launch in launches for value in launch) and all(launch.block_m >= rows for launch in launches)
 
 
-def test_measured_launches_are_valid():
-    for (_, _, _, rows), launch in MEASURED.items():
-        assert is_power_of_2(rows) and all(is_power_of_2(value) for value in launch) and launch.block_m >= rows
+def options(weights, outputs, rows=3, run: Any = pytest.fail, **given):
+    launched = launch_options("op", rows, weights, outputs, run, **given)
+    return Launch(launched["BLOCK_M"], launched["BLOCK_N"], launched["BLOCK_K"], launched["num_warps"])
+
+
+def test_measured_launches_come_first_and_given_ones_before_them(monkeypatch):
+    weights, measured = [torch.empty(64, 128, dtype=torch.bfloat16)], Launch(8, 32, 64, 2)
+    table = {Shape("op", 2, 64, 128, 4): measured}
+    monkeypatch.setattr(gemv_launch, "lookup", lambda shape, device: table.get(shape))
+    by_rule = choose_launch(3, 64, 128, torch.bfloat16)
+    assert options(weights, 64) == options([weights[0].half()], 64, rows=4) == measured != by_rule
+    assert options(weights, 64, rows=2) != measured and options([weights[0].float()], 64) != measured
+    assert options(weights, 64, block_n=2) == by_rule._replace(block_n=2)
+
+
+def test_what_was_not_measured_is_searched_once_where_that_is_possible_and_pays(monkeypatch):
+    large, small, run, found = (
+        torch.empty(1024, 1024, dtype=torch.bfloat16),
+        torch.empty(64, 64, dtype=torch.bfloat16),
+        object(),
+        Launch(1, 4, 512, 2),
+    )
+    searches = []
+
+    def search(*args):
+        searches.append(args)
+        return found
+
+    monkeypatch.setattr(gemv_launch, "search", search)
+    assert options([large], 1024, 1, run) == choose_launch(1, 1024, 1024, torch.bfloat16) and not searches  # on a CPU
+    monkeypatch.setattr(gemv_launch, "can_search", lambda device: True)
+    assert options([small], 64, 1, run) == choose_launch(1, 64, 64, torch.bfloat16) and not searches
+    assert options([large], 1024, 1, run) == found
+    ((shape, launches, weights, given_run),) = searches
+    assert shape == Shape("op", 2, 1024, 1024, 1) and len(launches) > 1 and weights == [large] and given_run is run
+    monkeypatch.setattr(gemv_launch, "search", lambda *args: None)  # no memory
+    assert options([large], 1024, 1, run) == choose_launch(1, 1024, 1024, torch.bfloat16)

@@ -150,3 +150,35 @@ def test_a_whole_mlp_is_two_launches():
     report, graphs = rewritten(function, rows(), torch.randn(K), *weights(2), *weights(1, n=K, k=N))
     assert kernels(report) == {"norm_swiglu": 1, "linear_add": 1}
     assert [op.name for op in graphs.rewritten if op.name.startswith("qtts")] == ["qtts.norm_swiglu.default", "qtts.linear_add.default"]
+
+
+@pytest.mark.parametrize("number", [1, MAX_ROWS, MAX_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_of_embedded_tokens_reads_the_table(number, dtype):
+    tokens, table, bias = torch.randint(30, (number, 1)), torch.randn(30, K).to(dtype), torch.randn(N).to(dtype)
+    report, graphs = rewritten(lambda t, e, w, b: F.linear(F.embedding(t, e), w, b), tokens, table, *weights(1, dtype), bias)
+    assert kernels(report) == ({"embedding_linear": 1} if number <= MAX_ROWS else {})
+    assert count(graphs.rewritten, "aten.embedding") == (number > MAX_ROWS)
+
+
+def test_an_embedding_that_is_read_elsewhere_too_stays_and_is_not_waited_for():
+    def function(tokens, table, weight):
+        embedded = F.embedding(tokens, table)
+        return F.linear(embedded, weight), embedded
+
+    report, graphs = rewritten(function, torch.tensor([[3]]), torch.randn(30, K), *weights(1))
+    assert kernels(report) == {"embedding_linear": 1} and count(graphs.rewritten, "aten.embedding") == 1
+
+
+def test_embeddings_that_are_changed_or_joined_before_the_layer_are_left_to_the_others():
+    tokens, table, (weight,) = torch.tensor([[3], [5]]), torch.randn(30, K), weights(1)
+    assert kernels(rewritten(lambda t, e, w: F.linear(F.embedding(t, e) * 2, w), tokens, table, weight)[0]) == {"norm_linears": 1}
+    wide = weights(1, k=2 * K)[0]
+    report, _ = rewritten(lambda t, e, w: F.linear(F.embedding(t, e).reshape(1, 2 * K), w), tokens, table, wide)
+    assert kernels(report) == {"norm_linears": 1}  # a row of two embeddings
+
+
+def test_embedding_linear_can_be_switched_off():
+    arguments = torch.tensor([[3]]), torch.randn(30, K), *weights(1)
+    report, _ = rewritten(lambda t, e, w: F.linear(F.embedding(t, e), w), *arguments, disable=["embedding_linear"])
+    assert kernels(report) == {"norm_linears": 1}

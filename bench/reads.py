@@ -1,0 +1,66 @@
+"""What a frame has to read from the GPU's memory, and the least time that takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.timing import figure
+
+COPY_BYTES = 1 << 30
+
+
+def weight_bytes(talker: Any) -> int:
+    """Return the bytes of weights that a frame reads: the talker's once, the predictor's once for each code after the first.
+
+    Of an embedding a frame reads a row, which does not count.
+    """
+    predictor = talker.code_predictor
+    once = [talker.model.layers, talker.model.norm, talker.codec_head, predictor.lm_head]
+    each = [predictor.model.layers, predictor.model.norm, predictor.small_to_mtp_projection]
+    return _bytes(once) + len(predictor.lm_head) * _bytes(each)
+
+
+def cache_bytes(talker: Any, positions: float, batch: int = 1) -> float:
+    """Return the bytes of keys and values that a frame reads after so many ``positions``, as the model's dtype holds them."""
+    codes = talker.config.num_code_groups
+    read = {talker: positions + 1, talker.code_predictor: sum(range(2, codes + 1))}
+    size = next(talker.parameters()).element_size()
+    return sum(
+        batch * tokens * 2 * stack.config.num_hidden_layers * stack.config.num_key_value_heads * stack.config.head_dim * size
+        for stack, tokens in read.items()
+    )
+
+
+def read_figures(talker: Any, position: int, frames: int, batch: int) -> dict[str, Any]:
+    """Return what an average frame reads that is one of ``frames`` from ``position`` on, and on a GPU the floor under its time."""
+    weights, cached = weight_bytes(talker), cache_bytes(talker, position + (frames - 1) / 2, batch)
+    figures = {"weights read": figure(weights / 1e9, "GB"), "keys and values read": figure(cached / 1e6, "MB")}
+    if next(talker.parameters()).is_cuda:
+        figures["floor"] = figure((weights + cached) / copy_bandwidth() / 1e9, "ms")
+    return figures
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Return the TB/s at which this GPU copies: what is read and what is written, together."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(20):
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * COPY_BYTES / median(times[5:]) / 1e9
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())

@@ -1,0 +1,96 @@
+"""Launch parameters that were measured: those shipped for a GPU, and those found on this machine, which come first.
+
+A table is a JSON object of ``{"op bits outputs x width, rows": [block_m, block_n, block_k, num_warps]}``, one file for each GPU.
+"""
+
+import functools
+import json
+import logging
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qtts_compile import user_cache
+
+log = logging.getLogger(__name__)
+SHIPPED = Path(__file__).parent / "launches"
+
+
+class Launch(NamedTuple):
+    """Rows of x, outputs and columns of a tile, all powers of two, and warps of a program.
+
+    At least 2 outputs are chosen: 1 failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+class Shape(NamedTuple):
+    """What launch parameters depend on: operator, bytes of a number, outputs that programs share, width of a row, rows of x up to a power of two."""
+
+    op: str
+    itemsize: int
+    outputs: int
+    width: int
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.op} {8 * self.itemsize} bit {self.outputs} x {self.width}, {self.rows}"
+
+
+def lookup(shape: Shape, device: torch.device) -> Launch | None:
+    """Return the launch parameters that were measured for a shape on a GPU of this kind, if any were."""
+    return None if device.type != "cuda" else _table(_gpu(device)).get(str(shape))
+
+
+def keep(shape: Shape, device: torch.device, launch: Launch) -> None:
+    """Use ``launch`` for a shape from now on, in this process and, where the cache folder can be written, in later ones."""
+    gpu = _gpu(device)
+    _table(gpu)[str(shape)] = launch
+    path = _found(gpu)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = _read(path) | {str(shape): launch}
+        # Written whole, so that no other process reads a part of it.
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(table, file, indent=1, sort_keys=True)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("what was found for %s on %s is not kept for later processes: %s; set QTTS_COMPILE_CACHE to a writable folder", shape, gpu, error)
+
+
+def file_name(gpu: str) -> str:
+    """Return the name of a GPU's table, by the name that CUDA gives the GPU."""
+    return re.sub(r"\W+", "-", gpu.lower()).strip("-") + ".json"
+
+
+@functools.cache
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@functools.cache
+def _table(gpu: str) -> dict[str, Launch]:
+    return _read(SHIPPED / file_name(gpu)) | _read(_found(gpu))
+
+
+def _found(gpu: str) -> Path:
+    return user_cache.folder() / "launches" / file_name(gpu)
+
+
+def _read(path: Path) -> dict[str, Launch]:
+    """Return a table; an unreadable one is warned of and counts as empty."""
+    try:
+        return {shape: Launch(*launch) for shape, launch in json.loads(path.read_text()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("%s is no table of launch parameters and is left out: %s: %s; delete it", path, type(error).__name__, error)
+        return {}

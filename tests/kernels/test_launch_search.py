@@ -1,0 +1,94 @@
+import pytest
+import torch
+import triton
+
+from qtts_compile.kernels import launch_search, launch_table
+from qtts_compile.kernels.launch_search import can_search, search
+from qtts_compile.kernels.launch_table import Launch, Shape, lookup
+from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
+
+SHAPE = Shape("linear_add", 2, 64, 128, 1)
+LAUNCHES = [Launch(1, 2**i, 64, 1) for i in range(1, 5)]
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    kept = {}
+    monkeypatch.setattr(launch_search, "keep", lambda shape, device, launch: kept.update({shape: launch}))
+    return kept
+
+
+def test_the_fastest_launch_that_runs_is_kept(monkeypatch, kept):
+    weights, runs = [torch.zeros(64, 128, dtype=torch.bfloat16)], []
+    times = dict(zip(LAUNCHES, (5.0, 3.0, 4.0)))
+
+    def run(copy, launch):
+        runs.append((copy, launch))
+        if launch == LAUNCHES[3]:
+            raise triton.TritonError("out of resources")
+
+    def microseconds(call, copies):
+        for copy in copies:
+            call(copy)
+        return [times[runs[-1][1]] + noise for noise in (-0.5, 0.0, 9.0)]
+
+    monkeypatch.setattr(launch_search, "microseconds", microseconds)
+    monkeypatch.setattr(launch_search, "COLD_BYTES", 5 * 64 * 128 * 2)
+    assert search(SHAPE, LAUNCHES, weights, run) == LAUNCHES[1] and kept == {SHAPE: LAUNCHES[1]}
+    copies = [copy for copy, launch in runs if launch == LAUNCHES[0]]
+    assert len(copies) == 5 and len({copy[0].data_ptr() for copy in copies}) == 5  # no launch finds its weights in the cache
+    assert runs[0][0] is weights and all(torch.equal(copy[0], weights[0]) for copy in copies)
+
+
+def test_nothing_that_runs_is_nothing_found(monkeypatch, kept):
+    def run(copy, launch):
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(launch_search, "microseconds", lambda call, copies: call(copies[0]))
+    assert search(SHAPE, LAUNCHES, [torch.zeros(64, 128)], run) is None and kept == {}
+
+
+def test_no_memory_is_said_and_no_fault(monkeypatch, kept, caplog):
+    class Full:
+        def numel(self):
+            return 1000
+
+        def element_size(self):
+            return 2
+
+        def clone(self):
+            raise torch.cuda.OutOfMemoryError("full")
+
+    assert search(SHAPE, LAUNCHES, [Full()], pytest.fail) is None and kept == {}  # pyright: ignore[reportArgumentType]
+    assert "no memory is free" in caplog.text
+
+
+def test_where_a_search_is_possible(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setenv("QTTS_COMPILE_SEARCH", "1")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert can_search(gpu) and not can_search(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not can_search(gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with launch_search._searching:
+        assert not can_search(gpu)
+    monkeypatch.setenv("QTTS_COMPILE_SEARCH", "0")
+    assert not can_search(gpu)
+
+
+@pytest.mark.gpu
+def test_a_search_on_the_gpu_finds_a_launch_that_is_right_and_the_next_process_has_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("QTTS_COMPILE_CACHE", str(tmp_path))
+    monkeypatch.setenv("QTTS_COMPILE_SEARCH", "1")
+    monkeypatch.setattr(launch_table, "SHIPPED", tmp_path / "nothing")
+    launch_table._table.cache_clear()
+    x, weight, residual = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in ((1, 1056), (1056, 1056), (1, 1056)))
+    y = linear_add_triton(x, weight, None, residual)
+    torch.testing.assert_close(y, linear_add_reference(x, weight, None, residual), rtol=0.02, atol=0.5)
+    shape = Shape("linear_add", 2, 1056, 1056, 1)
+    found = lookup(shape, x.device)
+    assert found is not None
+    launch_table._table.cache_clear()
+    assert lookup(shape, x.device) == found
+    launch_table._table.cache_clear()

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+import torch
+
+from qtts_compile.kernels import launch_table
+from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, keep, lookup
+
+GPU = torch.device("cuda:0")
+SHAPE, FOUND = Shape("norm_linears", 2, 4096, 2048, 1), Launch(1, 4, 1024, 4)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a GPU and empty folders: that of what is shipped, and the user's."""
+    monkeypatch.setenv("QTTS_COMPILE_CACHE", str(tmp_path / "user"))
+    monkeypatch.setattr(launch_table, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    (tmp_path / "shipped").mkdir()
+    forget()
+    yield tmp_path
+    forget()
+
+
+def forget():
+    """Do as a new process does."""
+    launch_table._table.cache_clear()
+    launch_table._gpu.cache_clear()
+
+
+def ship(machine, text):
+    (machine / "shipped" / "nvidia-geforce-rtx-4090.json").write_text(text)
+
+
+def test_what_is_found_is_kept_for_later_processes(machine):
+    assert lookup(SHAPE, GPU) is None
+    keep(SHAPE, GPU, FOUND)
+    assert lookup(SHAPE, GPU) == FOUND
+    forget()
+    assert lookup(SHAPE, GPU) == FOUND and isinstance(lookup(SHAPE, GPU), Launch)
+    other = Launch(2, 4, 512, 2)
+    keep(SHAPE._replace(rows=2), GPU, other)
+    forget()
+    assert (lookup(SHAPE, GPU), lookup(SHAPE._replace(rows=2), GPU)) == (FOUND, other)
+    assert [path.name for path in (machine / "user" / "launches").iterdir()] == ["nvidia-geforce-rtx-4090.json"]
+
+
+def test_what_is_found_here_comes_before_what_is_shipped(machine):
+    ship(machine, json.dumps({str(SHAPE): [1, 2, 256, 1], str(SHAPE._replace(rows=8)): [8, 16, 1024, 8]}))
+    assert lookup(SHAPE, GPU) == Launch(1, 2, 256, 1)
+    keep(SHAPE, GPU, FOUND)
+    forget()
+    assert lookup(SHAPE, GPU) == FOUND and lookup(SHAPE._replace(rows=8), GPU) == Launch(8, 16, 1024, 8)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"a": [1, 2]}', "{"])
+def test_a_broken_table_is_said_and_left_out(machine, text, caplog):
+    ship(machine, text)
+    assert lookup(SHAPE, GPU) is None
+    assert "no table of launch parameters" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_the_process_goes_on(machine, monkeypatch, caplog):
+    (machine / "file").write_text("")
+    monkeypatch.setenv("QTTS_COMPILE_CACHE", str(machine / "file"))
+    keep(SHAPE, GPU, FOUND)
+    assert lookup(SHAPE, GPU) == FOUND
+    assert "set QTTS_COMPILE_CACHE" in caplog.text
+
+
+def test_a_cpu_has_no_table(machine):
+    assert lookup(SHAPE, torch.device("cpu")) is None
+
+
+def test_shipped_tables_are_of_the_published_shapes():
+    paths = list(SHIPPED.glob("*.json"))
+    assert file_name("NVIDIA H200") in [path.name for path in paths]
+    for path in paths:
+        table = json.loads(path.read_text())
+        for name, launch in table.items():
+            op, bits, _, outputs, _, width, rows = name.replace(",", "").split()
+            assert str(Shape(op, int(bits) // 8, int(outputs), int(width), int(rows))) == name
+            assert all(value & (value - 1) == 0 for value in Launch(*launch)) and Launch(*launch).block_m >= int(rows)
+        for op, outputs, width in (
+            ("norm_linears", 4096, 2048),
+            ("norm_swiglu", 6144, 2048),
+            ("linear_add", 2048, 6144),
+            ("norm_linears", 4096, 1024),
+        ):
+            assert str(Shape(op, 2, outputs, width, 1)) in table

@@ -1,0 +1,204 @@
+"""What is made of results: README's tables, where a frame's time goes, and pictures."""
+
+import json
+import shutil
+
+import pytest
+
+from bench import readme, tables
+from bench.breakdown import PARTS, Kernel, attribute, classify, parts
+from bench.plots import main as plot
+from bench.registry import MODES
+from bench.timing import figure, kernel_table
+
+
+def test_readme_agrees_with_the_results(capsys):
+    assert readme.main(["--check"]) == 0, "run `make readme`"
+    assert "agrees" in capsys.readouterr().out
+
+
+def test_readme_names_every_mode():
+    text = readme.README.read_text()
+    assert all(f"`{name.removeprefix('qwen3-tts-triton:')}`" in text for name in MODES)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "shown"),
+    [
+        ("speech-1.7b-h200", lambda rows: rows[10]["figures"], None),
+        ("speech-batches-starts-h200", lambda rows: next(row for row in rows if row["job"] == "warm-start")["figures"]["load"], "| 98.8 |"),
+        ("decoder-h200", lambda rows: next(row for row in rows if row["row"].startswith("whole"))["figures"]["Codec.decode"], "| 98.77 ms |"),
+    ],
+)
+def test_a_changed_figure_changes_the_tables(name, change, shown, tmp_path, monkeypatch, capsys):
+    shutil.copytree(tables.RESULTS, tmp_path / "results")
+    shutil.copy(readme.README, tmp_path / "README.md")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    assert readme.main(["--check"]) == 0
+    file = tmp_path / "results" / f"{name}.json"
+    content = json.loads(file.read_text())
+    if shown is None:
+        content["machine"]["gpu"], shown = "ACME 9000", "ACME 9000, torch"
+    else:
+        change(content["rows"])["median"] = 98.765
+    file.write_text(json.dumps(content))
+    assert readme.main(["--check"]) == 1 and "run `make readme`" in capsys.readouterr().err
+    assert readme.main([]) == 0 and shown in readme.README.read_text()
+    assert readme.main(["--check"]) == 0
+
+
+def test_a_row_that_failed_makes_no_table(tmp_path, monkeypatch):
+    shutil.copytree(tables.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    file = tmp_path / "results" / "decode_step-1.7b-h200.json"
+    content = json.loads(file.read_text())
+    content["rows"][0]["ms"] = None  # as bench.decode_step writes where the cosine is too low
+    file.write_text(json.dumps(content))
+    with pytest.raises(LookupError, match="decode_step-1.7b-h200.json.*'eager'.*a failed check; measure it again"):
+        tables.decode_step(tables.Results("decode_step-1.7b-h200"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("<!-- bench: decoding decoder-h200 -->", "names a table 'decoding'; there are speech, "),
+        ("<!-- bench: decoder decoder-h300 -->", "names results 'decoder-h300' and there is no .*decoder-h300.json; there are .*decoder-h200"),
+        ("<!-- bench: decoder -->", "has a marker that is not"),
+        ("<!-- bench: decoder decoder-h200 --> <!-- bench: kernels x -->", "has a marker that is not"),
+    ],
+)
+def test_a_marker_that_makes_no_table_is_an_error(wrong, message):
+    text = readme.README.read_text().replace("<!-- bench: decoder decoder-h200 -->", wrong)
+    with pytest.raises(LookupError, match=message):
+        readme.generated(text)
+
+
+def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
+    def of(**medians):
+        return {label.replace("_", " "): figure(value, "") for label, value in medians.items()}
+
+    moved = {"of the floor": figure(81.4, "%"), "PyTorch's own": figure(7.25, "us")}
+    named = {"mode": "hybrid", "size": "1.7b", "batch": 8}
+    others = {"of it torch.compile": figure(25.0, "s"), "allocated, text to waveform": figure(4.3, "GiB")}
+    figures = of(load=4.0, first_call=30.0, first_audio=10.0, x_real_time=27.5)
+    rows = [
+        {"job": "kernels rows 1", "row": "talker qkv, rows: 1", "figures": of(kernel=5.5, achieved=3.05) | moved},
+        {"job": "frame hybrid 1.7b batch 8", "row": "compile", **named, "figures": of(compile=3.0)},
+        {"job": "frame hybrid 1.7b batch 8", "row": "frames at positions 512 to 612", **named,
+         "figures": of(frame=4.0, audio=160.0, floor=1.35, keys_and_values_read=520.0)},
+        {"job": "frame base 1.7b batch 8", "row": "frames at positions 512 to 612", **named, "error": "parity: WrongCodes"},
+        {"job": "e2e hybrid 1.7b", "row": "text to waveform", **named, "figures": figures | others},
+    ]  # fmt: skip
+    machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
+    (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "qtts bench --json x", "rows": rows}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = {name: tables.TABLES[name](tables.Results("suite")).splitlines() for name in ("kernels", "frame", "e2e")}
+    assert {line[0] for line in lines.values()} == {"G, torch 2, triton 3, transformers 4, 2026-11-24: `qtts bench` (`bench/results/suite.json`)."}
+    assert lines["kernels"][4:] == ["| talker qkv, rows: 1 | 5.50 | 3.05 | 81% | 7.25 | |"]
+    assert lines["frame"][4:] == ["| `hybrid` | 1.7b | 8 | 512 | 4.00 | 160.00 | 1.35 | 520 |"]
+    assert lines["e2e"][4:] == ["| `hybrid` | 1.7b | 4.0 | 30.0 | 25.0 | 10.0 | 27.5 | 4.3 |"]
+    (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows[:1]}))
+    with pytest.raises(LookupError, match="suite.json has no rows of `qtts bench frame`"):
+        tables.frame(tables.Results("suite"))
+
+
+def test_commands_are_shown_without_where_they_wrote():
+    assert tables.shown_command("python -m bench.speech --budget 5 --rows 'qtts' eager --json /root/x.json --repeats 3") == (
+        "python -m bench.speech --rows qtts eager --repeats 3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("_norm_linears_kernel", "gemv"),
+        ("_norm_swiglu_kernel", "gemv"),
+        ("_linear_add_kernel", "gemv"),
+        ("_embedding_linear_kernel", "gemv"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "gemv"),
+        ("void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, float, 128>", "gemv"),
+        ("void cublasLt::splitKreduce_kernel<32, 16>", "gemv"),
+        ("triton_red_fused_add_mm_t_3", "gemv"),
+        ("triton_tem_fused_addmm_12", "gemv"),
+        ("_decode_attention_kernel", "attention"),
+        ("_combine_kernel", "attention"),
+        ("_qk_norm_rope_kv_write_kernel", "attention"),
+        ("_qk_norm_rope_attention_kernel", "attention"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "attention"),
+        ("triton_per_fused__softmax_bmm_clone_9", "attention"),
+        ("_sample_kernel", "sampling"),
+        ("void at::native::sbtopk::gatherTopK<float, unsigned int, 2>", "sampling"),
+        ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel", "sampling"),
+        ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 11>", "sampling"),
+        ("_rms_norm_kernel", "rest"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>", "rest"),
+        ("triton_poi_fused_cat_embedding_1", "rest"),
+        ("Memcpy DtoD (Device -> Device)", "rest"),
+    ],
+)
+def test_kernels_have_classes(name, kind):
+    assert classify(name) == kind
+
+
+@pytest.mark.parametrize(
+    ("kernels", "shares"),
+    [
+        ([("a", 0, 4), ("b", 6, 9)], {"a": 4, "b": 3}),  # apart: the gap is nobody's
+        ([("a", 0, 4), ("b", 1, 9)], {"a": 4, "b": 5}),  # b starts early and waits for a
+        ([("a", 0, 9), ("b", 2, 4)], {"a": 7, "b": 2}),  # b within a
+        ([("a", 0, 2), ("b", 4, 6), ("c", 1, 9)], {"a": 2, "b": 2, "c": 5}),  # c runs through the gap
+        ([("a", 0, 2), ("a", 2, 4), ("b", 1, 5)], {"a": 4, "b": 1}),
+    ],
+)
+def test_an_instant_belongs_to_the_kernel_that_ends_first(kernels, shares):
+    assert attribute(Kernel(*kernel) for kernel in kernels) == shares
+    assert attribute(Kernel(*kernel) for kernel in reversed(kernels)) == shares
+
+
+def test_parts_add_up_to_the_frame():
+    shares = {"_norm_linears_kernel": 1500.0, "_decode_attention_kernel": 300.0, "_sample_kernel": 100.0, "_rms_norm_kernel": 100.0}
+    expected = {"weights floor": 1200, "GEMV overhead": 300, "attention": 300, "sampling": 100, "rest": 100, "idle": 500}
+    assert parts(shares, 2500, 1200) == expected and list(expected) == list(PARTS)
+    slowed = parts(shares, 1000, 1200)  # the trace says 2000
+    assert slowed == {"weights floor": 750, "GEMV overhead": 0, "attention": 150, "sampling": 50, "rest": 50, "idle": 0}
+    assert parts({}, 100, 1200)["idle"] == 100
+
+
+def test_kernels_are_listed_longest_first():
+    names = ("_sample_kernel", "_norm_linears_kernel")
+    text = kernel_table({"_sample_kernel": 10.0, "_norm_linears_kernel": 90.0}, dict.fromkeys(names, 16.0), {name: classify(name) for name in names})
+    head, _, _, first, second = text.splitlines()
+    assert head == "GPU time per frame: 0.100 ms in 32 kernels"
+    assert first.split() == ["90.0", "90.00", "16.0", "gemv", "_norm_linears_kernel"] and "_sample_kernel" in second
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Write results with these rows."""
+
+    def write(name, *rows):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"machine": {"gpu": "G", "torch": "2", "date": "2026-11-24"}, "command": "", "rows": list(rows)}))
+        return str(path)
+
+    return write
+
+
+def test_pictures_are_drawn_from_results(results, tmp_path, capsys):
+    speed = {"job": "qtts", "row": "frames at positions 64 to 164", "ms_per_frame": figure([3.0, 2.9, 3.2], "ms")}
+    traced = {"job": "qtts", "row": "where a frame's time goes, from position 64 on", "breakdown": dict.fromkeys(PARTS, 500.0)}
+    before, after = results("before", speed, traced), results("after", speed, {"job": "eager", "row": "all", "error": "no"})
+    assert plot([before, after, "-o", str(tmp_path / "pictures")]) == 0
+    pictures = {path.name: path.read_bytes()[:8] for path in (tmp_path / "pictures").iterdir()}
+    assert pictures == dict.fromkeys(("frame.png", "breakdown.png"), b"\x89PNG\r\n\x1a\n")
+    assert plot([after]) == 0 and (tmp_path / "frame.png").is_file() and not (tmp_path / "breakdown.png").exists()
+    assert "Wrote" in capsys.readouterr().out
+
+
+def test_nothing_to_draw_is_said(results, capsys):
+    assert plot([results("empty")]) == 1 and "nothing to draw" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        plot(["missing.json"])
+    assert "missing.json: no such file" in capsys.readouterr().err
