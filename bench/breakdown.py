@@ -92,14 +92,17 @@ def trace(run: Run, speak: Callable[[int], Any], talker: Any, position: int, bat
         for frames in (SHORT, LONG):
             speak(frames)
         count = LONG - SHORT
-        # Frames overlap with the host's work on others: the difference of two runs is what one more takes.
-        frame_us = 1000 * median((milliseconds(lambda: speak(LONG)) - milliseconds(lambda: speak(SHORT))) / count for _ in range(run.repeats))
+
+        def frame_us() -> float:
+            # What a prompt, and the host before the first frame, take is taken off.
+            return 1000 * (milliseconds(lambda: speak(SHORT + run.frames)) - milliseconds(lambda: speak(SHORT))) / run.frames
+
         short, long = (traced(lambda frames=frames: speak(frames)) for frames in (SHORT, LONG))
         once, more = attribute(short), attribute(long)
         launches = Counter(kernel.name for kernel in long)
         launches.subtract(Counter(kernel.name for kernel in short))
         shares = {name: gained / count for name, us in more.items() if (gained := us - once.get(name, 0.0)) > 0}
-        row["breakdown"] = parts(shares, frame_us, weight_bytes(talker) / copy_bandwidth() / 1e6)
+        row["breakdown"] = parts(shares, median(frame_us() for _ in range(run.repeats)), weight_bytes(talker) / copy_bandwidth() / 1e6)
         row["traced"] = {"us": sum(shares.values()), "kernels": launches.total() / count, "batch": batch}
         path = Path(run.profile or ".") / f"{run.job}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 # How a run was kept in bounds and where it wrote does not change what it measured.
-UNSHOWN = ("--json", "--folder", "--profile", "--budget", "--time-limit")
+UNSHOWN = ("--json", "--table", "--folder", "--profile", "--budget", "--time-limit")
 EARLY, LATE = "frames at positions 64 to 164", "frames at positions 1884 to 1984"
 
 
@@ -96,6 +96,7 @@ def speech(results: Results) -> str:
         cells('`faster`: `TTS(backend="inductor")`, reduce-overhead', "inductor"),
         cells('`hybrid`: `TTS`, `backend="qtts"`, reduce-overhead', "qtts", bold=True),
         cells("... at positions 1884 to 1984", "qtts", LATE),
+        cells("... of the 0.6B model", "0.6b"),
     ]
     frame = results.row(job="eager", row=EARLY)["figures"]["frame"]
     audio = {job: results.figure(job, "memory", "allocated, with 1984 frames of audio") for job in ("eager", "qtts")}
@@ -112,7 +113,7 @@ The eager row is bound by the host and varied from {frame["min"]:.1f} to {frame[
 def batches(results: Results) -> str:
     """Texts spoken together."""
     rows = []
-    for batch in (8, 32):
+    for batch in sorted(int(job.removeprefix("batch-")) for job in {row["job"] for row in results.rows} if job.startswith("batch-")):
         job = f"batch-{batch}"
         memory = results.figure(job, "memory", "allocated, frames")
         rows.append([str(batch), f"{results.figure(job, EARLY, 'frame'):.2f}", f"{results.figure(job, EARLY, 'audio'):.0f}", f"{memory:.2f}"])
@@ -120,9 +121,11 @@ def batches(results: Results) -> str:
 
 
 def starts(results: Results) -> str:
-    """From a checkpoint to the first audio, in the process that compiles and in the next."""
+    """From a checkpoint to the first audio, in the process that compiles and, if that was measured, in the next."""
     rows = []
     for label, job in {"first process": "cold-start", "the next, which finds the compile cache full": "warm-start"}.items():
+        if job not in {row["job"] for row in results.rows}:
+            continue
         figures = {name: results.figure(job, "load to first audio", name) for name in ("sum", "load", "compile", "capture and run")}
         numbers = [f"{figures['sum']:.0f}", f"{figures['load']:.1f}", f"{figures['compile']:.0f}", f"{figures['capture and run']:.0f}"]
         rows.append([label, *numbers])
@@ -166,6 +169,17 @@ def decode_step(results: Results) -> str:
         if row["variant"].startswith(f"{best}, ") and row["kernels"] != whole:
             rows.append(cells(f"... {row['variant'].removeprefix(f'{best}, ')}", row["variant"]))
     return f"{results.source}\n\n{markdown(['ms', 'talker step', 'code predictor step'], rows)}\n"
+
+
+def linears(results: Results) -> str:
+    """The linear kernels of one row, as the package launches them on this GPU."""
+    rows = []
+    for row in (row for row in results.rows if row["rows"] == 1):
+        us = row["launches"][0]["us"]
+        achieved, share = f"{row['weight_bytes'] / us / 1e6:.2f}", f"{100 * row['floor_us'] / us:.0f}%"
+        rows.append([row["case"], f"{row['outputs']} x {row['width']}", f"{us:.2f}", achieved, share, f"{row['library_us']:.2f}"])
+    titles = ["kernel", "outputs x width", "us", "TB/s", "of the floor", "cuBLAS and a kernel for each other step, us"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
 
 def kernels(results: Results) -> str:
@@ -215,6 +229,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "starts": starts,
     "decoder": decoder,
     "decode-step": decode_step,
+    "linears": linears,
     "kernels": kernels,
     "frame": frame,
     "e2e": e2e,

@@ -134,7 +134,9 @@ def growing_angles(model):
     return model
 
 
-@pytest.mark.parametrize(("change", "reason"), [(Scaled, "one by one"), (no_norm, "no norm"), (growing_angles, "one by one")], ids=lambda x: str(x))
+@pytest.mark.parametrize(
+    ("change", "reason"), [(Scaled, "one by one"), (no_norm, "no norm"), (growing_angles, "one by one")], ids=["scaled", "no norm", "growing angles"]
+)
 def test_what_cannot_be_taken_apart_is_compiled_whole_and_said(change, reason, caplog):
     case, compiler = CASES[0], Compiler()
     model = change(case.build(torch.float32, "cpu"))
