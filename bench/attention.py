@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -24,11 +25,12 @@ from unittest import mock
 import torch
 import triton
 
-from bench.linears import COLD_BYTES, H200_BANDWIDTH, microseconds
+from bench.linears import H200_BANDWIDTH
 from bench.machine import describe
 from qtts_compile.kernels import flash_decoding_launch, qk_norm_rope_kv_write
 from qtts_compile.kernels.decode_attention import decode_attention_triton
 from qtts_compile.kernels.flash_decoding_launch import expand_mask, plan_launch
+from qtts_compile.kernels.launch_search import COLD_BYTES, microseconds
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention_reference, qk_norm_rope_attention_triton
 from qtts_compile.kernels.qk_norm_rope_kv_write import qk_norm_rope_kv_write_triton
 
@@ -106,11 +108,11 @@ def is_accurate(function: Callable[..., torch.Tensor], arguments: tuple[Any, ...
 def candidates(case: Case, chosen: int) -> Iterator[dict[str, int]]:
     """Yield the launch parameters that a search tries around the ``chosen`` number of splits."""
     splits = (1,) if case.slots <= 32 else sorted({max(1, chosen // 4), max(1, chosen // 2), chosen, 2 * chosen})
-    for n_splits in splits:
+    for n_splits, block_m in itertools.product(splits, (1, 2)):
         for block_n in (16,) if case.slots <= 16 else (16, 32, 64):
             for num_warps in (1, 2, 4):
                 if 512 <= block_n * WIDTH // num_warps <= 2048:  # more spill registers
-                    yield dict(n_splits=n_splits, block_n=block_n, num_warps=num_warps)
+                    yield dict(n_splits=n_splits, block_n=block_n, num_warps=num_warps, block_m=block_m)
 
 
 def timed(name: str, function: Callable[..., torch.Tensor], sets: list[tuple[Any, ...]], rounds: int) -> float | None:
@@ -121,7 +123,7 @@ def timed(name: str, function: Callable[..., torch.Tensor], sets: list[tuple[Any
         accurate = is_accurate(function, sets[0])
         signal.alarm(0)
         if accurate:
-            return median(microseconds([partial(function, *arguments) for arguments in sets], rounds))
+            return median(microseconds(lambda arguments: function(*arguments), sets, rounds))
         print(f"{name}: WRONG RESULT", file=sys.stderr, flush=True)
     except (Exception, KeyboardInterrupt) as error:  # a variant that does not work must not end the others
         print(f"{name}: {type(error).__name__} {str(error)[:200]!r}", file=sys.stderr, flush=True)
@@ -133,9 +135,8 @@ def timed(name: str, function: Callable[..., torch.Tensor], sets: list[tuple[Any
 def measure(case: Case, batch: int, search: bool, rounds: int = 9) -> dict[str, Any]:
     """Time a case with the launch parameters that are chosen for it, and those of a search."""
     sets = build_arguments(case, batch, "cuda")
-    sets *= math.ceil(40 / len(sets))
-    grid, options = plan_launch(sets[0][0], sets[0][11], expand_mask(sets[0][14], sets[0][0], case.slots), None, None, None)
-    chosen = dict(n_splits=grid[1], block_n=options["BLOCK_N"], num_warps=options["num_warps"])
+    grid, options = plan_launch(sets[0][0], sets[0][11], expand_mask(sets[0][14], sets[0][0], case.slots), None, None, None, None)
+    chosen = dict(n_splits=grid[1], block_n=options["BLOCK_N"], num_warps=options["num_warps"], block_m=options["BLOCK_M"])
     label = f"{case.name}, batch {batch}"
     with without_pdl():
         today = timed(f"{label}, two operators without PDL", two_operators, sets, rounds)
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     command = "python -m bench.attention " + " ".join(argv or sys.argv[1:])
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "command": command, "rows": []}
-    print(f"{'us':16} {'batch':>5} {'no PDL':>10} {'two':>10} {'one':>10} {'floor':>10}   (splits, keys of a tile, warps)", flush=True)
+    print(f"{'us':16} {'batch':>5} {'no PDL':>10} {'two':>10} {'one':>10} {'floor':>10}   (splits, keys of a tile, warps, rows)", flush=True)
     for batch in arguments.batches:
         for case in CASES:
             if case.name in arguments.cases:

@@ -123,7 +123,7 @@ def _decode_attention_kernel(
 
 def decode_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float,
-    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None,
+    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernels of :func:`decode_attention`; see :func:`plan_launch` for what overrides its choices."""
     out = decode_attention_fake(q, k, v, mask, scale)
@@ -131,7 +131,7 @@ def decode_attention_triton(
         return out
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     mask = expand_mask(mask, q, k.shape[2])
-    grid, options = plan_launch(q, k, mask, n_splits, block_n, num_warps)
+    grid, options = plan_launch(q, k, mask, n_splits, block_n, num_warps, block_m)
     partials = Partials.empty(out, grid[1])
     _decode_attention_kernel[grid](
         q, k, v, mask, *partials, k.shape[1], k.shape[2], scale,

@@ -38,19 +38,21 @@ class Plan(NamedTuple):
 
 
 def plan_launch(
-    q: torch.Tensor, cache: torch.Tensor, mask: torch.Tensor | None, n_splits: int | None, block_n: int | None, num_warps: int | None
-) -> Plan:
+    q: torch.Tensor, cache: torch.Tensor, mask: torch.Tensor | None,
+    n_splits: int | None, block_n: int | None, num_warps: int | None, block_m: int | None,
+) -> Plan:  # fmt: skip
     """Plan a launch for queries ``[B, Hq, T, D]``, a cache ``[B, Hk, S, D]`` and a mask from :func:`expand_mask`.
 
-    ``n_splits`` (programs that share the keys of one head), ``block_n`` (keys in a tile) and ``num_warps`` override what is chosen: small tiles for
-    programs of one warp. On an H200, 16 keys of 128 take 2.1 us with one warp and 2.7 us with two; a cache of 2048 slots at position 512 takes
-    6.6 us by 64 splits of one warp and 16 keys, and 10.6 us by as many of four warps and 32 keys.
+    ``n_splits`` (programs that share the keys of one head), ``block_n`` (keys in a tile), ``num_warps`` and ``block_m`` (rows of queries that a
+    program serves) override what is chosen: small tiles for programs of one warp, which serve all rows of a key head, up to 4. On an H200, 16 keys of
+    128 take 2.1 us with one warp and 2.7 us with two; a cache of 2048 slots at position 512 takes 6.6 us by 64 splits of one warp and 16 keys, and
+    10.6 us by as many of four warps and 32 keys.
     """
     batch, q_heads, tokens, width = q.shape
     k_heads, keys = cache.shape[1:3]
     rows = q_heads // k_heads * tokens
     block_d = triton.next_power_of_2(width)
-    block_m = min(4, triton.next_power_of_2(rows))
+    block_m = block_m or min(4, triton.next_power_of_2(rows))
     block_n = block_n or max(16, min(32, 2048 // block_d, triton.next_power_of_2(keys)))
     n_tiles = triton.cdiv(keys, block_n)
     n_programs = batch * k_heads * triton.cdiv(rows, block_m)

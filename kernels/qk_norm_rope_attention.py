@@ -242,16 +242,21 @@ def qk_norm_rope_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
-    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None,
+    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Launch the kernels of :func:`qk_norm_rope_attention`; see :func:`plan_launch` for what overrides its choices."""
+    """Launch the kernels of :func:`qk_norm_rope_attention`; see :func:`plan_launch` for what overrides its choices.
+
+    ``block_m`` must be a multiple of the number of tokens, which take turns in the rows of a program.
+    """
     out = decode_attention_fake(q, k_cache, v_cache, mask, scale)
     if out.numel() == 0:
         return out
+    if block_m is not None and block_m % q.shape[2]:
+        raise ValueError(f"block_m must be a multiple of the {q.shape[2]} tokens of q, got {block_m}")
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     mask = expand_mask(mask, q, k_cache.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
-    grid, options = plan_launch(q, k_cache, mask, n_splits, block_n, num_warps)
+    grid, options = plan_launch(q, k_cache, mask, n_splits, block_n, num_warps, block_m)
     partials = Partials.empty(out, grid[1])
     _qk_norm_rope_attention_kernel[grid](
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, *partials,

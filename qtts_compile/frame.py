@@ -201,10 +201,14 @@ class Frame(nn.Module):
         codes = [state.token, *codes]
         state.codes.index_copy_(1, state.frame, torch.cat(codes, 1)[:, None])
         embeddings = self.talker.get_input_embeddings(), *self.talker.code_predictor.get_input_embeddings()
-        embeds = torch.cat([embedding(code) for embedding, code in zip(embeddings, codes)], 1)
+        # Added up in float32 and rounded once, as a sum over the codes is, but in a form that becomes one kernel with all the look-ups.
+        total = torch.zeros_like(state.text, dtype=torch.float32)
+        for embedding, code in zip(embeddings, codes):
+            total = total + embedding(code)
+        heard = total.to(state.text.dtype) + state.text
         mask = (self.slots <= position) & (self.slots >= state.start[:, None])
         positions = (position - state.start)[:, None]
-        return embeds.sum(1, keepdim=True) + state.text, mask[:, None, None], positions, self.stack.angles(positions)
+        return heard, mask[:, None, None], positions, self.stack.angles(positions)
 
     def close(self, hidden: Tensor) -> None:
         """Choose the next frame's first code after the talker's ``hidden`` states ``[B, 1, H]``."""

@@ -47,10 +47,10 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: t
     return scores.masked_fill(~attend, float("-inf")).softmax(-1).nan_to_num(0.0) @ v
 
 
-def check(q, k, v, mask, n_splits=None):
+def check(q, k, v, mask, n_splits=None, block_m=None):
     scale = q.shape[-1] ** -0.5
     with poisoned_memory():
-        out = decode_attention_triton(q, k, v, mask, scale, n_splits)
+        out = decode_attention_triton(q, k, v, mask, scale, n_splits, block_m=block_m)
     oracle = softmax_attention(q.double(), k.double(), v.double(), mask, scale)
     assert_accurate(out, oracle, softmax_attention(q, k, v, mask, scale))
     batch, heads, tokens, width = q.shape
@@ -60,15 +60,18 @@ def check(q, k, v, mask, n_splits=None):
 
 @given(
     st.integers(1, 3), st.sampled_from([(1, 1), (1, 2), (2, 2), (1, 4), (2, 8)]), st.integers(1, 5), st.sampled_from([1, 17, 32, 70, 150]),
-    st.sampled_from([40, 80, 96, 128]), dtypes, st.sampled_from(MASKS), dtypes, layouts, layouts, st.sampled_from([None, 1, 2, 5]), seeds,
+    st.sampled_from([40, 80, 96, 128]), dtypes, st.sampled_from(MASKS), dtypes, layouts, layouts, st.sampled_from([None, 1, 2, 5]),
+    st.sampled_from([None, 1, 2]), seeds,
 )  # fmt: skip
-def test_kernel_is_as_accurate_as_eager(device, batch, heads, tokens, keys, width, dtype, mask_kind, mask_dtype, q_layout, kv_layout, n_splits, seed):
+def test_kernel_is_as_accurate_as_eager(
+    device, batch, heads, tokens, keys, width, dtype, mask_kind, mask_dtype, q_layout, kv_layout, n_splits, block_m, seed
+):
     k_heads, group = heads
     q = random_tensor(seed, (batch, k_heads * group, tokens, width), dtype, device, q_layout)
     k = random_tensor(seed + 1, (batch, k_heads, keys, width), dtype, device, kv_layout)
     v = random_tensor(seed + 2, (batch, k_heads, keys, width), dtype, device, kv_layout)
     mask = make_mask(mask_kind, seed + 3, batch, k_heads * group, tokens, keys, mask_dtype, device)
-    check(q, k, v, mask, n_splits)
+    check(q, k, v, mask, n_splits, block_m)
 
 
 @given(st.sampled_from(MASKS), dtypes, seeds)

@@ -65,7 +65,7 @@ def low_precision_caches(arguments):
     return k_cache, v_cache
 
 
-def check(arguments, n_splits=None):
+def check(arguments, **launch):
     """Assert that results are as accurate as those of models, and that nothing of the caches changes but the rows at the positions."""
     q, k, v, q_weight, k_weight, q_eps, k_eps, *angles, k_cache, v_cache, position, mask, scale = arguments
     k_before, v_before = k_cache.clone(), v_cache.clone()
@@ -75,7 +75,7 @@ def check(arguments, n_splits=None):
     k_exact[:, :, position], v_exact[:, :, position] = oracle(k, k_weight, k_eps, *angles), v.double()
     exact = softmax_attention(oracle(q, q_weight, q_eps, *angles), k_exact, v_exact, mask, scale)
     with poisoned_memory():
-        out = qk_norm_rope_attention_triton(*arguments, n_splits=n_splits)
+        out = qk_norm_rope_attention_triton(*arguments, **launch)
     assert out.transpose(1, 2).is_contiguous()
     assert_accurate(out, exact, softmax_attention(q_model, k_model, v_model, mask, scale))
     assert_accurate(k_cache[:, :, position], k_exact[:, :, position], k_model[:, :, position])
@@ -88,15 +88,16 @@ def check(arguments, n_splits=None):
 
 @given(
     st.integers(1, 3), st.sampled_from([(1, 1), (4, 2), (2, 2), (8, 1), (6, 2)]), places(), variants, dtypes, st.sampled_from(MASKS), dtypes,
-    layouts, st.sampled_from(["contiguous", "transposed", "sliced"]), st.booleans(), st.booleans(), splits, seeds,
+    layouts, st.sampled_from(["contiguous", "transposed", "sliced"]), st.booleans(), st.booleans(), splits, st.sampled_from([None, 1, 2]), seeds,
 )  # fmt: skip
 def test_kernel_is_as_accurate_as_eager(
-    device, batch, heads, place, variant, dtype, mask_kind, mask_dtype, layout, cache_layout, q_norm, k_norm, n_splits, seed
+    device, batch, heads, place, variant, dtype, mask_kind, mask_dtype, layout, cache_layout, q_norm, k_norm, n_splits, block_m, seed
 ):
     slots, position = place
     check(
         make_arguments(seed, batch, heads, slots, position, variant, dtype, device, mask_kind, mask_dtype, layout, cache_layout, q_norm, k_norm),
-        n_splits,
+        n_splits=n_splits,
+        block_m=block_m and block_m * len(position),
     )
 
 
@@ -131,7 +132,7 @@ def test_rounds_in_between_as_eager_does(device):
 @pytest.mark.parametrize("n_splits", [1, 3, 64])
 @pytest.mark.parametrize("kind", ["none", "left_padded", "additive"])
 def test_long_cache(device, kind, n_splits):
-    check(make_arguments(0, 1, (4, 2), 1000, [700], (64, [], False), torch.bfloat16, device, kind, torch.bfloat16), n_splits)
+    check(make_arguments(0, 1, (4, 2), 1000, [700], (64, [], False), torch.bfloat16, device, kind, torch.bfloat16), n_splits=n_splits)
 
 
 @pytest.mark.parametrize("slots", [16, 300])
@@ -144,7 +145,7 @@ def test_what_the_mask_excludes_may_hold_anything(device, slots, excluded, n_spl
     mask = torch.zeros(1, 1, 2, slots, dtype=torch.bool, device=device)
     mask[..., :live] = True
     arguments[14] = mask
-    expected = check(arguments, n_splits)
+    expected = check(arguments, n_splits=n_splits)
     for cache in arguments[11:13]:
         cache[:, :, live:] = float("nan")
         cache[:, :, position] = float("nan")
@@ -284,6 +285,12 @@ def test_bad_input(place, change, error, message):
     arguments[place] = change(arguments[place])
     with pytest.raises(error, match=message):
         qk_norm_rope_attention(*arguments)
+
+
+def test_a_program_serves_whole_tokens():
+    arguments = make_arguments(0, 1, (4, 2), 9, [3, 4], (40, [], False), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="block_m must be a multiple of the 2 tokens of q, got 1"):
+        qk_norm_rope_attention_triton(*arguments, block_m=1)
 
 
 def test_too_many_tokens():
