@@ -71,7 +71,9 @@ class Bench:
     def compile(self, names: list[str]) -> None:
         """Compile several jobs' code at once. What they tuned while they shared the GPU is thrown away."""
         threads = max(1, (os.cpu_count() or 1) // len(names))
-        running = [(name, *self._begin(name, compile_only=True, TORCHINDUCTOR_COMPILE_THREADS=str(threads))) for name in names]
+        running = [
+            (name, *self._begin(name, compile_only=True, TORCHINDUCTOR_COMPILE_THREADS=str(threads), QTTS_COMPILE_SEARCH="0")) for name in names
+        ]
         end = min(self.deadline, time.monotonic() + self.arguments.time_limit)
         for name, process, rows in running:
             self._end(name, process, rows, max(0, end - time.monotonic()))
@@ -123,7 +125,8 @@ class Bench:
         directory = self.arguments.folder / ("cache" if job.cache == "shared" else "cold-start-cache")
         if job.cache == "emptied":
             shutil.rmtree(directory, ignore_errors=True)
-        return {"TORCHINDUCTOR_CACHE_DIR": str(directory), "TRITON_CACHE_DIR": str(directory / "triton")}
+        found = {} if job.cache == "shared" else {"QTTS_COMPILE_CACHE": str(directory / "qtts")}  # a cold start knows no launches that were measured
+        return {"TORCHINDUCTOR_CACHE_DIR": str(directory), "TRITON_CACHE_DIR": str(directory / "triton"), **found}
 
     def _end(self, name: str, process: subprocess.Popen[bytes], rows: Path, limit: float) -> None:
         """Wait for a job, and keep what it has made by its end or by its limit."""

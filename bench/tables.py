@@ -122,15 +122,19 @@ def batches(results: Results) -> str:
 
 def starts(results: Results) -> str:
     """From a checkpoint to the first audio, in the process that compiles and, if that was measured, in the next."""
-    rows = []
+    rows, later = [], ""
     for label, job in {"first process": "cold-start", "the next, which finds the compile cache full": "warm-start"}.items():
         if job not in {row["job"] for row in results.rows}:
             continue
-        figures = {name: results.figure(job, "load to first audio", name) for name in ("sum", "load", "compile", "capture and run")}
+        figures = {
+            name: results.figure(job, "load to first audio", name) for name in ("sum", "load", "compile", "capture and run", "imports, before")
+        }
         numbers = [f"{figures['sum']:.0f}", f"{figures['load']:.1f}", f"{figures['compile']:.0f}", f"{figures['capture and run']:.0f}"]
-        rows.append([label, *numbers])
-    titles = ["from a checkpoint in the page cache to the first audio", "seconds", "load", "`torch.compile`", "record and run"]
-    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+        rows.append([label, *numbers, f"{figures['imports, before']:.0f}"])
+        later = later or f"{results.figure(job, 'first audio to warm', 'sum'):.0f}"
+    titles = ["from a checkpoint in the page cache to the first audio", "seconds", "load", "`torch.compile`", "record and run", "imports, before"]
+    after = f"From the first audio until nothing is left to compile, the first process takes another {later} s."
+    return f"{results.source}\n\n{markdown(titles, rows)}\n\n{after}\n"
 
 
 def decoder(results: Results) -> str:

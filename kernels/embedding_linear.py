@@ -18,8 +18,8 @@ def embedding_linear(tokens: torch.Tensor, table: torch.Tensor, weight: torch.Te
     """Return ``table[tokens] @ weight.T + bias`` for ``tokens`` ``[...]`` int64, ``table`` ``[V, K]``, ``weight`` ``[N, K]`` and ``bias`` ``[N]``.
 
     There are at most 16 tokens. Products are summed in float32 with the bias and rounded to the dtype, one for all but the tokens. The result
-    ``[..., N]`` is contiguous. All but the tokens must be at rest: on a GPU of compute capability 9.0 or later ``weight`` and ``bias`` are read
-    before earlier kernels of the stream have ended.
+    ``[..., N]`` is contiguous. ``weight`` and ``bias`` must be at rest: on a GPU of compute capability 9.0 or later they are read before earlier
+    kernels of the stream have ended.
 
     Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, two dtypes, or tokens that are not int64, and ``ValueError`` for
     more than 16 tokens, shapes that do not match, rows that are not contiguous, or different devices. A token outside ``[0, V)`` is an

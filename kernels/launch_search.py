@@ -1,9 +1,10 @@
 """Find launch parameters by measuring: in a CUDA graph whose launches find none of their weights in the L2 cache."""
 
+import contextlib
+import functools
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
@@ -12,49 +13,92 @@ from typing import Any
 import torch
 import triton
 
-from qtts_compile.kernels.launch_table import Launch, Shape, keep
+from qtts_compile.kernels.launch_table import Launch, Shape, keep, lookup, remember
+from qtts_compile.kernels.recording import graph_lock
 
 log = logging.getLogger(__name__)
 
 COLD_BYTES = 200e6  # four times the L2 cache of an H200
 LAUNCHES = 40  # of a graph, at least
 ROUNDS = 7
-_searching = threading.Lock()
+SECONDS = 20  # after which a search tries nothing more
 
 
 def can_search(device: torch.device) -> bool:
     """Tell whether a launch on ``device`` may be preceded by a search now: on a GPU that records no CUDA graph, unless the user forbids it."""
-    allowed = os.environ.get("QTTS_COMPILE_SEARCH", "1") != "0"
-    return allowed and device.type == "cuda" and not torch.cuda.is_current_stream_capturing() and not _searching.locked()
+    allowed = os.environ.get("QTTS_COMPILE_SEARCH", "1").lower() not in ("", "0", "false", "no", "off")
+    return allowed and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 def search(
-    shape: Shape, launches: Iterable[Launch], weights: Sequence[torch.Tensor], run: Callable[[Sequence[torch.Tensor], Launch], object]
-) -> Launch | None:
-    """Return the fastest of ``launches`` and keep it for a shape; None if no memory is free for the search.
+    shape: Shape, launches: Sequence[Launch], weights: Sequence[torch.Tensor], run: Callable[[Sequence[torch.Tensor], Launch], object]
+) -> Launch:
+    """Return the fastest of ``launches`` and keep it for a shape; where nothing can be measured, return the first, for this process.
 
     ``run`` launches the kernel with weights like ``weights``, whose copies take about 200 MB meanwhile, and launch parameters. What does not
-    compile on this GPU is passed over.
+    compile on this GPU is passed over. No CUDA graph is recorded elsewhere meanwhile.
     """
-    started, times = time.perf_counter(), {}
-    with _searching:
+    device = weights[0].device
+    with graph_lock:
+        if found := lookup(shape, device):  # by a thread that was waited for
+            return found
+        _tell()
+        started, times = time.perf_counter(), {}
         try:
-            size = sum(weight.numel() * weight.element_size() for weight in weights)
-            copies = [weights, *([weight.clone() for weight in weights] for _ in range(math.ceil(COLD_BYTES / size) - 1))]
+            copies = _copies(weights)
         except torch.cuda.OutOfMemoryError:
-            log.warning("no memory is free to measure the launches of %s: those chosen by rule are used in this process", shape)
-            return None
-        for launch in launches:
-            try:
-                times[launch] = median(microseconds(lambda copy, launch=launch: run(copy, launch), copies))
-            except (triton.TritonError, RuntimeError) as error:
-                log.debug("%s: %s is left out: %s", shape, launch, error)
+            log.warning("no memory is free to measure the launches of %s: in this process %s is used, chosen by rule", shape, launches[0])
+        else:
+            times = _measure(shape, launches, copies, run, started + SECONDS)
     if not times:
-        return None
+        remember(shape, device, launches[0])
+        return launches[0]
     best = min(times, key=times.__getitem__)
     log.info("%s: %s takes %.2f us, found among %d in %.1f s", shape, best, times[best], len(times), time.perf_counter() - started)
-    keep(shape, weights[0].device, best)
+    keep(shape, device, best)
     return best
+
+
+@functools.cache
+def _tell() -> None:
+    """Say once in a process why its first launches take long."""
+    log.warning(
+        "measuring how to launch the linear kernels on this GPU, once for each shape, some seconds each; QTTS_COMPILE_SEARCH=0 leaves it to a rule"
+    )
+
+
+def _copies(weights: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
+    size = sum(weight.numel() * weight.element_size() for weight in weights)
+    device = weights[0].device
+    # On a stream of their own: what is allocated on the current one may belong to a CUDA graph, which would hold it for good.
+    aside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    with aside:
+        copies = [weights, *([weight.clone() for weight in weights] for _ in range(math.ceil(COLD_BYTES / size) - 1))]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return copies
+
+
+def _measure(
+    shape: Shape,
+    launches: Iterable[Launch],
+    copies: Sequence[Sequence[torch.Tensor]],
+    run: Callable[[Sequence[torch.Tensor], Launch], object],
+    deadline: float,
+) -> dict[Launch, float]:
+    """Return the microseconds of each of ``launches`` that works, as many as are measured until ``deadline``."""
+    times: dict[Launch, float] = {}
+    for launch in launches:
+        if times and time.perf_counter() > deadline:
+            log.info("%s: %d launches were measured in %d s, and no more", shape, len(times), SECONDS)
+            break
+        try:
+            times[launch] = median(microseconds(lambda copy, launch=launch: run(copy, launch), copies))
+        except (triton.TritonError, RuntimeError) as error:
+            log.debug("%s: %s is left out: %s", shape, launch, error)
+    return times
 
 
 def microseconds(call: Callable[[Any], object], copies: Sequence[Sequence[Any]], rounds: int = ROUNDS) -> list[float]:

@@ -3,16 +3,17 @@
 A table is a JSON object of ``{"op bits outputs x width, rows": [block_m, block_n, block_k, num_warps]}``, one file for each GPU.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 
 from qtts_compile import user_cache
 
@@ -50,20 +51,26 @@ def lookup(shape: Shape, device: torch.device) -> Launch | None:
     return None if device.type != "cuda" else _table(_gpu(device)).get(str(shape))
 
 
+def remember(shape: Shape, device: torch.device, launch: Launch) -> None:
+    """Use ``launch`` for a shape from now on in this process."""
+    _table(_gpu(device))[str(shape)] = launch
+
+
 def keep(shape: Shape, device: torch.device, launch: Launch) -> None:
     """Use ``launch`` for a shape from now on, in this process and, where the cache folder can be written, in later ones."""
+    remember(shape, device, launch)
     gpu = _gpu(device)
-    _table(gpu)[str(shape)] = launch
     path = _found(gpu)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        table = _read(path) | {str(shape): launch}
         # Written whole, so that no other process reads a part of it.
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(table, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)
+        unfinished.write_text(json.dumps(_read(path) | {str(shape): launch}, indent=1, sort_keys=True))
+        unfinished.replace(path)
     except OSError as error:
         log.warning("what was found for %s on %s is not kept for later processes: %s; set QTTS_COMPILE_CACHE to a writable folder", shape, gpu, error)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def file_name(gpu: str) -> str:
@@ -82,15 +89,22 @@ def _table(gpu: str) -> dict[str, Launch]:
 
 
 def _found(gpu: str) -> Path:
-    return user_cache.folder() / "launches" / file_name(gpu)
+    # What one Triton compiles well, or at all, another may not.
+    return user_cache.folder() / "launches" / f"triton-{triton.__version__}" / file_name(gpu)
 
 
 def _read(path: Path) -> dict[str, Launch]:
     """Return a table; an unreadable one is warned of and counts as empty."""
     try:
-        return {shape: Launch(*launch) for shape, launch in json.loads(path.read_text()).items()}
+        return {shape: _valid(*launch) for shape, launch in json.loads(path.read_text()).items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         log.warning("%s is no table of launch parameters and is left out: %s: %s; delete it", path, type(error).__name__, error)
         return {}
+
+
+def _valid(*launch: int) -> Launch:
+    if not all(type(value) is int and value > 0 and value & (value - 1) == 0 for value in launch):
+        raise ValueError(f"{launch} are not powers of two")
+    return Launch(*launch)

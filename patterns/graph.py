@@ -107,7 +107,7 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    return re.sub(r"^L\['(self|fn|layer|model)'\]", "", path).lstrip(".") if isinstance(path, str) else ""
+    return re.sub(r"^L\['(self|fn|layer|model|head)'\]", "", path).lstrip(".") if isinstance(path, str) else ""
 
 
 def _getitem(graph: fx.Graph, before: fx.Node, call: fx.Node, index: int) -> fx.Node:

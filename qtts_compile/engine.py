@@ -87,14 +87,14 @@ class Engine:
         batch = next(size for size in BATCH_SIZES if size >= rows)
         if batch not in self._runners:
             with torch.inference_mode(False):
-                self._runners[batch] = Runner(self.talker, SpeechState(self.talker, batch, self.max_seq_len), self._take_apart(), self.launcher)
+                self._runners[batch] = Runner(self.talker, SpeechState(self.talker, batch, self.max_seq_len), self._shared_stacks(), self.launcher)
         runner = self._runners[batch]
         inputs = inputs.padded_to(batch, min(padded_length(length), self.max_seq_len))
         runner.state.reset(settings, inputs.mask.argmax(1), torch.tensor([*seeds, *[0] * (batch - rows)]))
         runner.read(inputs.embeds, torch.tensor([length], device=inputs.embeds.device))
         return Speech(runner, inputs, settings, rows, length)
 
-    def _take_apart(self) -> tuple[Stack, Stack]:
+    def _shared_stacks(self) -> tuple[Stack, Stack]:
         """Return the layers of the talker and of the code predictor, which all batch sizes share."""
         if self._stacks is None:
             launcher, predictor = self.launcher, self.talker.code_predictor

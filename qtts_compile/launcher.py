@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtts_compile.kernels.recording import graph_lock
+
 RECOMPILE_LIMIT = 256  # every size of batch and state compiles the same code anew
-_recording = threading.Lock()  # CUDA records one graph at a time in a process
 
 
 class Launcher:
@@ -95,7 +96,7 @@ class Launcher:
         if recording.graph is None:
             _prepare_thread(self._device)
             graph = torch.cuda.CUDAGraph()
-            with _recording, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            with graph_lock, torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 recording.result = run(*recording.inputs)
             recording.graph = graph
             self.recordings += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,9 @@ class Stack:
         if self._body is None:
             return self._whole(self._model, arguments)
         self._varying, self._body.rotary_emb.given = varying, angles
-        return self._body(**arguments).last_hidden_state
+        hidden = self._body(**arguments).last_hidden_state
+        self._body.rotary_emb.given = None
+        return hidden
 
     @torch.inference_mode()
     def _take_apart(self) -> str | None:
@@ -109,10 +112,13 @@ class Stack:
         cos, sin = model.rotary_emb(embeds, every if self._axes == 1 else every.expand(self._axes, -1, -1))
         self._angles = cos.select(-3, 0).clone(), sin.select(-3, 0).clone()
         self._body, self.norm = self._with_layers(call_layer), model.norm
-        if torch.equal(results(), expected):
-            return None
-        self._body, self.norm = None, nn.Identity()
-        return "its layers, one by one, do not give what its forward() gives"
+        try:
+            reason = None if torch.equal(results(), expected) else "its layers, one by one, do not give what its forward() gives"
+        except Exception as error:  # whatever a model's own code makes of layers that are not its own
+            reason = f"its layers cannot be run one by one: {type(error).__name__}: {error}"
+        if reason is not None:
+            self._body, self._angles, self.norm = None, None, nn.Identity()
+        return reason
 
     def _with_layers(self, run: Callable[..., Any]) -> Any:
         """Return a copy of the model whose layers lead to ``run``, whose angles are given, and which has no norm. It shares all weights."""
@@ -122,14 +128,15 @@ class Stack:
         return body
 
     def _region(self, layer: nn.Module, index: int, run: Callable[..., Any]) -> nn.Module:
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             if self._varying:
-                mark_varying((hidden, 1))
+                mark_varying((args[0] if args else kwargs["hidden_states"], 1))
             # With a cache of its own, no layer's code names the layer.
-            return run(layer, hidden, *args, **{name: value.layer(index) if isinstance(value, View) else value for name, value in kwargs.items()})
+            return run(layer, *args, **{name: value.layer(index) if isinstance(value, View) else value for name, value in kwargs.items()})
 
         region = copy.copy(layer)  # with what the stack reads of a layer
         region.forward = forward
+        region._forward_hooks, region._forward_pre_hooks = OrderedDict(), OrderedDict()  # the layer's own run when it is called
         return region
 
 

@@ -233,3 +233,10 @@ def test_the_graph_runs_on_whatever_cache_a_call_brings(model):
             function(**session.prefill_inputs(4))
     assert len(graphs) == 1
     assert not torch.equal(sessions[0].cache.layers[0].keys, sessions[1].cache.layers[0].keys)
+
+
+def test_inductor_s_early_launches_are_refused(monkeypatch):
+    """Its kernels wait for the kernel before them alone, which here may itself have started early."""
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="triton.enable_pdl=True.*leave it out"):
+        torch.compile(torch.nn.Linear(4, 4), backend="qtts", options={"triton.enable_pdl": True})(torch.ones(1, 4))

@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_tree(wheel):
     for folder, package in REAL_FOLDERS.items():
         # A walk does not follow the links qtts_compile/patterns and qtts_compile/kernels.
         for path, _, names in os.walk(ROOT / folder):
-            expected |= {str(package / Path(path, name).relative_to(ROOT / folder)) for name in names if name.endswith(".py")}
+            expected |= {str(package / Path(path, name).relative_to(ROOT / folder)) for name in names if name.endswith((".py", ".json"))}
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == expected

@@ -1,6 +1,7 @@
 """A stack taken apart: one compiled layer serves all, the results are those of its forward(), and what cannot be taken apart stays whole."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,19 @@ class GrowingAngles(nn.Module):
         return self.rotary(x, position_ids * (1 + position_ids.max()), *args)
 
 
+class OddLayers(nn.Module):
+    """A stack that wants more of its layers than that they can be called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config, self.layers, self.norm, self.rotary_emb = model.config, model.layers, model.norm, model.rotary_emb
+        self.model, self.kinds = model, {id(layer): index for index, layer in enumerate(model.layers)}
+
+    def forward(self, past_key_values=None, **kwargs):
+        [self.kinds[id(layer)] for layer in self.layers]
+        return self.model(past_key_values=past_key_values, **kwargs)
+
+
 def no_norm(model):
     del model.norm
     model.norm = lambda hidden: hidden
@@ -146,6 +160,25 @@ def test_what_cannot_be_taken_apart_is_compiled_whole_and_said(change, reason, c
     assert all(map(torch.equal, expected, results))
     assert compiler.given == ["call_whole"] and compiler.calls == 2
     assert reason in caplog.text and "compiled as a whole" in caplog.text
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_of_the_user_runs_once(when):
+    """Hooks on a layer steer it, whether they were there when the stack was taken apart or came later."""
+    case, compiler = CASES[0], Compiler()
+    model: Any = case.build(torch.float32, "cpu")
+
+    def steer(module, args, output):
+        return (output[0] + 1, *output[1:]) if isinstance(output, tuple) else output + 1
+
+    if when == "before":
+        model.layers[1].register_forward_hook(steer)
+    with torch.inference_mode():
+        split = Stack(model, case.rope_axes, SLOTS, compiler)
+        if when == "after":
+            model.layers[1].register_forward_hook(steer)
+        expected, results = run(Stack(model, case.rope_axes, SLOTS), case, model), run(split, case, model)
+    assert all(map(torch.equal, expected, results)) and compiler.given == ["call_layer"]
 
 
 def test_layers_that_are_told_apart_are_not_taken_apart():

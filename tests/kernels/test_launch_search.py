@@ -13,8 +13,11 @@ LAUNCHES = [Launch(1, 2**i, 64, 1) for i in range(1, 5)]
 
 @pytest.fixture
 def kept(monkeypatch):
-    kept = {}
+    """What is kept for later processes; what is remembered in this one is found again."""
+    kept, remembered = {}, {}
     monkeypatch.setattr(launch_search, "keep", lambda shape, device, launch: kept.update({shape: launch}))
+    monkeypatch.setattr(launch_search, "remember", lambda shape, device, launch: remembered.update({shape: launch}))
+    monkeypatch.setattr(launch_search, "lookup", lambda shape, device: remembered.get(shape))
     return kept
 
 
@@ -45,11 +48,35 @@ def test_nothing_that_runs_is_nothing_found(monkeypatch, kept):
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(launch_search, "microseconds", lambda call, copies: call(copies[0]))
-    assert search(SHAPE, LAUNCHES, [torch.zeros(64, 128)], run) is None and kept == {}
+    assert search(SHAPE, LAUNCHES, [torch.zeros(64, 128)], run) == LAUNCHES[0] and kept == {}
+
+
+def test_a_search_ends_in_time_with_what_it_has(monkeypatch, kept):
+    clock = iter(range(0, 1000, 9))
+    monkeypatch.setattr(launch_search.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(launch_search, "microseconds", lambda call, copies: [1.0])
+    launches = [Launch(1, 2**i, 64, 1) for i in range(1, 12)]
+    tried = []
+    search(SHAPE, launches, [torch.zeros(64, 128)], lambda copy, launch: None)
+    monkeypatch.setattr(launch_search, "microseconds", lambda call, copies: tried.append(1) or [1.0])
+    launch_search._measure(SHAPE, launches, [[torch.zeros(1)]], lambda copy, launch: None, deadline=next(clock) + 20)
+    assert 1 <= len(tried) <= 4 and kept[SHAPE] in launches
+
+
+def never(*_):
+    pytest.fail("nothing was to be launched")
+
+
+def test_a_thread_that_waited_for_a_search_takes_what_it_found(monkeypatch, kept):
+    monkeypatch.setattr(launch_search, "lookup", lambda shape, device: LAUNCHES[2])
+    assert search(SHAPE, LAUNCHES, [torch.zeros(64, 128)], never) == LAUNCHES[2]
 
 
 def test_no_memory_is_said_and_no_fault(monkeypatch, kept, caplog):
     class Full:
+        device = torch.device("cpu")
+        attempts = 0
+
         def numel(self):
             return 1000
 
@@ -57,10 +84,12 @@ def test_no_memory_is_said_and_no_fault(monkeypatch, kept, caplog):
             return 2
 
         def clone(self):
+            Full.attempts += 1
             raise torch.cuda.OutOfMemoryError("full")
 
-    assert search(SHAPE, LAUNCHES, [Full()], pytest.fail) is None and kept == {}  # pyright: ignore[reportArgumentType]
-    assert "no memory is free" in caplog.text
+    for _ in range(3):
+        assert search(SHAPE, LAUNCHES, [Full()], never) == LAUNCHES[0] and kept == {}  # pyright: ignore[reportArgumentType]
+    assert caplog.text.count("no memory is free") == 1 and Full.attempts == 1  # the first is remembered
 
 
 def test_where_a_search_is_possible(monkeypatch):
@@ -71,10 +100,9 @@ def test_where_a_search_is_possible(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not can_search(gpu)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    with launch_search._searching:
+    for forbids in ("0", "false", "no", "off", ""):
+        monkeypatch.setenv("QTTS_COMPILE_SEARCH", forbids)
         assert not can_search(gpu)
-    monkeypatch.setenv("QTTS_COMPILE_SEARCH", "0")
-    assert not can_search(gpu)
 
 
 @pytest.mark.gpu

@@ -2,9 +2,10 @@ import json
 
 import pytest
 import torch
+import triton
 
 from qtts_compile.kernels import launch_table
-from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, keep, lookup
+from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, keep, lookup, remember
 
 GPU = torch.device("cuda:0")
 SHAPE, FOUND = Shape("norm_linears", 2, 4096, 2048, 1), Launch(1, 4, 1024, 4)
@@ -42,7 +43,21 @@ def test_what_is_found_is_kept_for_later_processes(machine):
     keep(SHAPE._replace(rows=2), GPU, other)
     forget()
     assert (lookup(SHAPE, GPU), lookup(SHAPE._replace(rows=2), GPU)) == (FOUND, other)
-    assert [path.name for path in (machine / "user" / "launches").iterdir()] == ["nvidia-geforce-rtx-4090.json"]
+    assert [path.name for path in (machine / "user" / "launches").glob("*/*")] == ["nvidia-geforce-rtx-4090.json"]
+
+
+def test_what_another_triton_compiled_is_not_used(machine, monkeypatch):
+    keep(SHAPE, GPU, FOUND)
+    monkeypatch.setattr(triton, "__version__", "99.0")
+    forget()
+    assert lookup(SHAPE, GPU) is None
+
+
+def test_what_is_remembered_ends_with_the_process(machine):
+    remember(SHAPE, GPU, FOUND)
+    assert lookup(SHAPE, GPU) == FOUND
+    forget()
+    assert lookup(SHAPE, GPU) is None
 
 
 def test_what_is_found_here_comes_before_what_is_shipped(machine):
@@ -53,7 +68,7 @@ def test_what_is_found_here_comes_before_what_is_shipped(machine):
     assert lookup(SHAPE, GPU) == FOUND and lookup(SHAPE._replace(rows=8), GPU) == Launch(8, 16, 1024, 8)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"a": [1, 2]}', "{"])
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}', '{"a": [1, 2]}', '{"a": [3, 5, 7, 4]}', '{"a": [1, 2, 4, 1.0]}', "{"])
 def test_a_broken_table_is_said_and_left_out(machine, text, caplog):
     ship(machine, text)
     assert lookup(SHAPE, GPU) is None

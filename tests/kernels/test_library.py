@@ -20,9 +20,9 @@ from qtts_compile.kernels import (  # noqa: F401
     swiglu,
 )
 from qtts_compile.kernels.library import register_lowerings
+from qtts_compile.patterns import catalogue
 
-OPS = ["rms_norm", "add_rms_norm", "swiglu", "rotary", "rotary_qk", "kv_write", "decode_attention", "qk_norm_rope_kv_write", "sample"]
-OPS += ["qk_norm_rope_attention", "norm_linears", "norm_swiglu", "linear_add"]
+OPS = [*dict.fromkeys(catalogue.OPS.values()), "sample"]
 
 
 @pytest.mark.parametrize("name", OPS)
