@@ -48,6 +48,18 @@ def run(stack, case, model):
     return [prompt, after, *cache.buffers()]
 
 
+def traced_stack(case, model):
+    """Return a stack that runs what Dynamo traces, and the list of its graphs."""
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    return Stack(model, case.rope_axes, SLOTS, lambda part: torch.compile(part, backend=backend, fullgraph=True, dynamic=False)), graphs
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layers_one_by_one_give_what_the_stack_gives(case):
     model, compiler = case.build(torch.float32, "cpu"), Compiler()
@@ -63,14 +75,8 @@ def test_layers_one_by_one_give_what_the_stack_gives(case):
 
 def test_one_graph_serves_all_layers():
     case = CASES[0]
-    model, graphs = case.build(torch.float32, "cpu"), []
-
-    def backend(gm, example_inputs):
-        graphs.append(gm)
-        return gm
-
-    torch._dynamo.reset()
-    stack = Stack(model, case.rope_axes, SLOTS, lambda part: torch.compile(part, backend=backend, fullgraph=True, dynamic=False))
+    model = case.build(torch.float32, "cpu")
+    stack, graphs = traced_stack(case, model)
     with torch.inference_mode():
         expected = run(Stack(model, case.rope_axes, SLOTS), case, model)
         for actual, wanted in zip(run(stack, case, model), expected):
@@ -80,14 +86,8 @@ def test_one_graph_serves_all_layers():
 
 def test_one_graph_serves_prompts_of_all_lengths():
     case = CASES[0]
-    model, graphs = case.build(torch.float32, "cpu"), []
-
-    def backend(gm, example_inputs):
-        graphs.append(gm)
-        return gm
-
-    torch._dynamo.reset()
-    stack = Stack(model, case.rope_axes, SLOTS, lambda part: torch.compile(part, backend=backend, fullgraph=True, dynamic=False))
+    model = case.build(torch.float32, "cpu")
+    stack, graphs = traced_stack(case, model)
     whole = Stack(model, case.rope_axes, SLOTS)
     for tokens in (5, 9, 20):
         with torch.inference_mode():
