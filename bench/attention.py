@@ -25,8 +25,8 @@ from unittest import mock
 import torch
 import triton
 
-from bench.linears import H200_BANDWIDTH
 from bench.machine import describe
+from bench.reads import copy_bandwidth
 from qtts_compile.kernels import flash_decoding_launch, qk_norm_rope_kv_write
 from qtts_compile.kernels.decode_attention import decode_attention_triton
 from qtts_compile.kernels.flash_decoding_launch import expand_mask, plan_launch
@@ -146,7 +146,7 @@ def measure(case: Case, batch: int, search: bool, rounds: int = 9) -> dict[str, 
     for parameters in candidates(case, grid[1]) if search else ():
         us = timed(f"{label}, {parameters}", partial(qk_norm_rope_attention_triton, **parameters), sets, rounds)
         found += [dict(us=us, **parameters)] if us is not None else []
-    floor = batch * (case.position + 1) * ROW_BYTES / H200_BANDWIDTH / 1e6
+    floor = batch * (case.position + 1) * ROW_BYTES / copy_bandwidth() / 1e6
     times = dict(two_without_pdl_us=today, two_us=two, one_us=one, floor_us=floor)
     return dict(case=case.name, batch=batch, copies=len(sets), chosen=chosen, **times, search=sorted(found, key=lambda entry: entry["us"]))
 

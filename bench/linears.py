@@ -1,6 +1,6 @@
 """Time the linear kernels of a few rows at the published shapes, in a CUDA graph whose launches find none of their weights in the L2 cache.
 
-Run: ``python -m bench.linears [--rows 1 2 4 8 16] [--cases NAME ...] [--search] [--bandwidth TB/S] [--json FILE]``. Beside each kernel
+Run: ``python -m bench.linears [--rows 1 2 4 8 16] [--cases NAME ...] [--search] [--json FILE]``. Beside each kernel
 stands what it replaces: cuBLAS, with the norm, SwiGLU and addition as kernels of their own. A result is checked before it is timed.
 ``--search`` tries launch parameters, and ``--table FILE`` writes the best as a table for kernels/launches.
 """
@@ -27,6 +27,7 @@ from torch.nn.functional import embedding, linear
 from triton.backends.compiler import GPUTarget
 
 from bench.machine import describe
+from bench.reads import copy_bandwidth
 from qtts_compile.kernels import gemv_launch
 from qtts_compile.kernels.embedding_linear import embedding_linear_reference, embedding_linear_triton
 from qtts_compile.kernels.gemv_launch import candidates, choose_launch
@@ -39,7 +40,6 @@ from qtts_compile.kernels.rms_norm import rms_norm
 from qtts_compile.kernels.swiglu import swiglu
 
 EPS = 1e-6
-H200_BANDWIDTH = 4.27  # TB/s that a copy reaches
 COMPILE_LIMIT_S = 40
 KERNELS = {"norm_linears": norm_linears_triton, "norm_swiglu": norm_swiglu_triton, "linear_add": linear_add_triton}
 KERNELS["embedding_linear"] = embedding_linear_triton
@@ -182,7 +182,7 @@ def widened(value: Any) -> Any:
     return [widened(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def measure(case: Case, rows: int, launches: Sequence[Launch], bandwidth: float, rounds: int = 9) -> dict[str, Any]:
+def measure(case: Case, rows: int, launches: Sequence[Launch], rounds: int = 9) -> dict[str, Any]:
     """Check and time a case with each of the launch parameters."""
     copies = math.ceil(COLD_BYTES / case.weight_bytes)
     sets = build_arguments(case, rows, "cuda", copies)
@@ -196,7 +196,9 @@ def measure(case: Case, rows: int, launches: Sequence[Launch], bandwidth: float,
             print(f"{case.name}, {rows} rows: WRONG RESULT with {launch}", file=sys.stderr, flush=True)
     library = median(microseconds(lambda arguments: call_library(case, *arguments), sets, rounds))
     shape = dict(case=case.name, op=case.op, rows=rows, outputs=case.outputs, width=case.width, weight_bytes=case.weight_bytes)
-    return shape | dict(floor_us=case.weight_bytes / bandwidth / 1e6, library_us=library, launches=sorted(timed, key=lambda entry: entry["us"]))
+    return shape | dict(
+        floor_us=case.weight_bytes / copy_bandwidth() / 1e6, library_us=library, launches=sorted(timed, key=lambda entry: entry["us"])
+    )
 
 
 def report(row: dict[str, Any], chosen: Launch) -> str:
@@ -227,7 +229,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=range(1, 17), metavar="ROWS")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--search", action="store_true", help="try other launch parameters too")
-    parser.add_argument("--bandwidth", type=float, default=H200_BANDWIDTH, help="TB/s that a copy reaches on this GPU (default: an H200's)")
     parser.add_argument("--table", type=Path, help="where to write the best launches")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{'case':20} {'rows':>4} {'us':>8} {'TB/s':>6} {'floor':>6} {'floor us':>8} {'library us':>10}   launch", flush=True)
         for case, rows, launches in plan:
             usable = [launch for launch, is_compiled in [(launch, next(compiled)) for launch in launches] if is_compiled]
-            row = measure(case, rows, usable, arguments.bandwidth)
+            row = measure(case, rows, usable)
             print(report(row, launches[0]), flush=True)
             result["rows"].append(row)
             if arguments.json:

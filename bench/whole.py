@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -82,18 +83,24 @@ def graphs(run: Run, size: models.Size = "1.7b", patched: bool = False, turboqua
         tts = _pretrained(run, size)
         cache = patch_graphs(tts, turboquant) if patched else None
         talker = tts.model.talker
-        recorded = Graphs(talker, SLOTS)
-        faster: Any = FasterQwen3TTS(tts, recorded.sampled, recorded.step, run.device, run.dtype, SLOTS)
-        faster._warmed_up = True
 
-        def stream(**call: Any) -> Iterator[Any]:
-            return faster.generate_custom_voice_streaming(**call, chunk_size=1)
+        @functools.cache
+        def recorded() -> tuple[Graphs, Any]:
+            # By the first call, as its own wrapper does: recording is no part of loading.
+            graphs = Graphs(talker, SLOTS)
+            faster: Any = FasterQwen3TTS(tts, graphs.sampled, graphs.step, run.device, run.dtype, SLOTS)
+            faster._warmed_up = True
+            return graphs, faster
+
+        def codes(task: Task) -> Tensor:
+            graphs, _ = recorded()
+            return graphs.speak(task, graphs.greedy)[0][None]
 
         return Speaker(
             talker,
-            faster.generate_custom_voice,
-            lambda task: recorded.speak(task, recorded.greedy)[0][None],
-            stream,
+            lambda **call: recorded()[1].generate_custom_voice(**call),
+            codes,
+            lambda **call: recorded()[1].generate_custom_voice_streaming(**call, chunk_size=1),
             patched,
             str if cache is None else lambda: told_by(cache),
         )
