@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -50,13 +50,13 @@ def search(
             log.warning("no memory is free to measure the launches of %s: in this process %s is used, chosen by rule", shape, launches[0])
         else:
             times = _measure(shape, launches, copies, run, started + SECONDS)
-    if not times:
-        remember(shape, device, launches[0])
-        return launches[0]
-    best = min(times, key=times.__getitem__)
-    log.info("%s: %s takes %.2f us, found among %d in %.1f s", shape, best, times[best], len(times), time.perf_counter() - started)
-    keep(shape, device, best)
-    return best
+        if not times:
+            remember(shape, device, launches[0])
+            return launches[0]
+        best = min(times, key=times.__getitem__)
+        log.info("%s: %s takes %.2f us, found among %d in %.1f s", shape, best, times[best], len(times), time.perf_counter() - started)
+        keep(shape, device, best)
+        return best
 
 
 @functools.cache
@@ -68,17 +68,22 @@ def _tell() -> None:
 
 
 def _copies(weights: Sequence[torch.Tensor]) -> list[Sequence[torch.Tensor]]:
+    """Return the weights and so many copies of them that no cache holds them all."""
     size = sum(weight.numel() * weight.element_size() for weight in weights)
-    device = weights[0].device
-    # On a stream of their own: what is allocated on the current one may belong to a CUDA graph, which would hold it for good.
-    aside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    with aside:
-        copies = [weights, *([weight.clone() for weight in weights] for _ in range(math.ceil(COLD_BYTES / size) - 1))]
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return copies
+    with _aside(weights[0].device):
+        return [weights, *([weight.clone() for weight in weights] for _ in range(math.ceil(COLD_BYTES / size) - 1))]
+
+
+@contextlib.contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Allocate on a stream of its own: what is allocated on the current one may belong to a CUDA graph, which would hold it for good."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+    torch.cuda.synchronize(device)
 
 
 def _measure(

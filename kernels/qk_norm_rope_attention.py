@@ -248,7 +248,7 @@ def qk_norm_rope_attention_triton(
 
     ``block_m`` must be a multiple of the number of tokens, which take turns in the rows of a program.
     """
-    out = decode_attention_fake(q, k_cache, v_cache, mask, scale)
+    out = decode_attention_fake(q)
     if out.numel() == 0:
         return out
     if block_m is not None and block_m % q.shape[2]:
@@ -268,12 +268,6 @@ def qk_norm_rope_attention_triton(
     return partials.combine(out)
 
 
-def qk_norm_rope_attention_fake(q: torch.Tensor, *others: object) -> torch.Tensor:
-    """Allocate the result of :func:`qk_norm_rope_attention`."""
-    batch, heads, tokens, width = q.shape
-    return torch.empty((batch, tokens, heads, width), dtype=q.dtype, device=q.device).transpose(1, 2)
-
-
 define_op(
     "qk_norm_rope_attention(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float q_eps, float k_eps, "
     "Tensor cos, Tensor sin, int[] sections, bool interleaved, "
@@ -281,5 +275,5 @@ define_op(
     check=check_qk_norm_rope_attention,
     cuda=qk_norm_rope_attention_triton,
     cpu=qk_norm_rope_attention_reference,
-    fake=qk_norm_rope_attention_fake,
+    fake=decode_attention_fake,
 )

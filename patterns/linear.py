@@ -77,9 +77,13 @@ def norm_before(rows: fx.Node, readers: set[fx.Node]) -> tuple[fx.Node, fx.Node 
     if not is_call_of(norm, "rms_norm") or users_through_views(norm) != readers or shape(norm)[-1] != shape(rows)[-1]:
         return rows, None, 0.0
     source, weight, eps = operands(norm)
-    at_rest = weight.op == "placeholder" and value(weight).is_contiguous()  # it too is read ahead of the kernel before
     alike = value(source).dtype == value(weight).dtype == value(rows).dtype
-    return (source, weight, eps) if at_rest and alike else (rows, None, 0.0)
+    return (source, weight, eps) if is_at_rest(weight) and alike else (rows, None, 0.0)
+
+
+def is_at_rest(vector: fx.Node) -> bool:
+    """Tell whether a kernel may read a vector ahead of the kernel before it: a contiguous parameter, not something that is computed."""
+    return vector.op == "placeholder" and value(vector).is_contiguous()
 
 
 def _is_view(node: fx.Node) -> bool:

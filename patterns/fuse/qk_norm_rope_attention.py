@@ -18,7 +18,8 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from qtts_compile.kernels.qk_norm_rope_attention import MAX_TOKENS
-from qtts_compile.patterns.graph import insert_mutating, keywords, operands, overload, shape, value
+from qtts_compile.patterns.graph import insert_mutating, keywords, operands, overload, shape
+from qtts_compile.patterns.linear import is_at_rest
 from qtts_compile.patterns.scope import Scope
 
 NAME = "qk_norm_rope_attention"
@@ -43,9 +44,8 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
     arguments = keywords(call)
     if len(q.users) > 1:
         return "the rotated queries are read elsewhere"
-    weights = [w for w in (arguments["q_weight"], arguments["k_weight"]) if w is not None]
-    if any(w.op != "placeholder" or not value(w).is_contiguous() for w in weights):
-        return "the weight of a norm is computed in the graph"  # the kernel reads parameters ahead of the kernel before it
+    if not all(is_at_rest(weight) for weight in (arguments["q_weight"], arguments["k_weight"]) if weight is not None):
+        return "the weight of a norm is computed in the graph"
     if not all(attention < user for cache in (k_cache, v_cache) for user in cache.users if user is not attention):
         return "a cache is read between its write and the attention"
     op = overload(NAME, arguments["q_eps"])

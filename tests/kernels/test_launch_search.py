@@ -15,7 +15,12 @@ LAUNCHES = [Launch(1, 2**i, 64, 1) for i in range(1, 5)]
 def kept(monkeypatch):
     """What is kept for later processes; what is remembered in this one is found again."""
     kept, remembered = {}, {}
-    monkeypatch.setattr(launch_search, "keep", lambda shape, device, launch: kept.update({shape: launch}))
+
+    def keep(shape, device, launch):
+        assert launch_search.graph_lock.locked()  # or a thread that waits would search again
+        kept[shape] = launch
+
+    monkeypatch.setattr(launch_search, "keep", keep)
     monkeypatch.setattr(launch_search, "remember", lambda shape, device, launch: remembered.update({shape: launch}))
     monkeypatch.setattr(launch_search, "lookup", lambda shape, device: remembered.get(shape))
     return kept
