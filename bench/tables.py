@@ -120,6 +120,15 @@ def batches(results: Results) -> str:
     return f"{results.source}\n\n{markdown(['texts together', 'ms/frame', 'audio seconds per second', 'GiB allocated'], rows)}\n"
 
 
+def context(results: Results) -> str:
+    """Frames late in a long cache, and the bytes of keys and values that they read."""
+    rows = []
+    for row in (row for row in results.rows if row["job"] == "8192-slots" and "ms_per_frame" in row):
+        frame, kept, floor = (results.figure(row["job"], row["row"], label) for label in ("frame", "keys and values read", "floor"))
+        rows.append([row["row"].removeprefix("frames at positions "), f"{frame:.2f}", f"{kept:.0f}", f"{floor:.2f}"])
+    return f"{results.source}\n\n{markdown(['positions', 'ms/frame', 'keys and values read, MB', 'floor, ms'], rows)}\n"
+
+
 def starts(results: Results) -> str:
     """From a checkpoint to the first audio, in the process that compiles and, if that was measured, in the next."""
     rows, later = [], ""
@@ -230,6 +239,7 @@ def e2e(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "speech": speech,
     "batches": batches,
+    "context": context,
     "starts": starts,
     "decoder": decoder,
     "decode-step": decode_step,
