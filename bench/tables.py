@@ -195,6 +195,16 @@ def linears(results: Results) -> str:
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
 
+def boundaries(results: Results) -> str:
+    """What a step costs that waits for all of the last, as a kernel and as a round of a persistent one."""
+    rows = [
+        [f"{row['programs']} of {row['warps']} warps", *(f"{row[name]:.2f}" for name in ("kernels_us", "pdl_us", "persistent_us"))]
+        for row in results.rows
+    ]
+    titles = ["programs", "a kernel each, us", "... launched early (PDL)", "a round of one persistent kernel"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
 def kernels(results: Results) -> str:
     """Every kernel of ``qtts bench kernels``."""
     rows = []
@@ -244,6 +254,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "decoder": decoder,
     "decode-step": decode_step,
     "linears": linears,
+    "boundaries": boundaries,
     "kernels": kernels,
     "frame": frame,
     "e2e": e2e,

@@ -44,15 +44,16 @@ def plan_launch(
     """Plan a launch for queries ``[B, Hq, T, D]``, a cache ``[B, Hk, S, D]`` and a mask from :func:`expand_mask`.
 
     ``n_splits`` (programs that share the keys of one head), ``block_n`` (keys in a tile), ``num_warps`` and ``block_m`` (rows of queries that a
-    program serves) override what is chosen: small tiles for programs of one warp, which serve all rows of a key head, up to 4. On an H200, 16 keys of
-    128 take 2.1 us with one warp and 2.7 us with two; a cache of 2048 slots at position 512 takes 6.6 us by 64 splits of one warp and 16 keys, and
-    10.6 us by as many of four warps and 32 keys.
+    program serves) override what is chosen: small tiles for programs of one warp, which serve all rows of a key head, up to 4, but only one query
+    head's if there is room for all programs at once. On an H200, 16 keys of 128 take 1.8 us with one warp and one of two heads, 2.1 us with one warp
+    and both and 2.7 us with two warps; a cache of 2048 slots at position 512 takes 6.3 us by 64 splits of one warp, 16 keys and one head, 6.6 us with
+    both heads, and 10.6 us by as many splits of four warps and 32 keys.
     """
     batch, q_heads, tokens, width = q.shape
     k_heads, keys = cache.shape[1:3]
     rows = q_heads // k_heads * tokens
     block_d = triton.next_power_of_2(width)
-    block_m = block_m or min(4, triton.next_power_of_2(rows))
+    block_m = block_m or _choose_rows(tokens, rows, batch * k_heads, q.device)
     block_n = block_n or max(16, min(32, 2048 // block_d, triton.next_power_of_2(keys)))
     n_tiles = triton.cdiv(keys, block_n)
     n_programs = batch * k_heads * triton.cdiv(rows, block_m)
@@ -67,6 +68,13 @@ def plan_launch(
         num_warps=num_warps or max(1, block_n * block_d // 2048),
     )  # fmt: skip
     return Plan((n_programs, n_splits), options)
+
+
+def _choose_rows(tokens: int, rows: int, heads: int, device: torch.device) -> int:
+    """Choose how many of the ``rows`` of queries of each of ``heads`` key heads a program serves."""
+    whole, own = min(4, triton.next_power_of_2(rows)), triton.next_power_of_2(tokens)
+    fits = heads * triton.cdiv(rows, own) * MAX_SPLITS <= PROGRAMS_PER_SM * _sm_count(device)
+    return own if fits and own < whole else whole
 
 
 def expand_mask(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> torch.Tensor | None:

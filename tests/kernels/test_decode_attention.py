@@ -6,7 +6,7 @@ from numerics import DTYPES, assert_accurate, dtypes, layouts, poisoned_memory, 
 
 from qtts_compile.kernels import flash_decoding_launch
 from qtts_compile.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
-from qtts_compile.kernels.flash_decoding_launch import choose_splits
+from qtts_compile.kernels.flash_decoding_launch import choose_splits, plan_launch
 
 MASKS = ["none", "bool", "additive", "lowest", "left_padded", "sliding_window", "per_head", "one_row_excluded"]
 
@@ -143,6 +143,13 @@ def test_splits_fill_the_gpu_and_no_more(monkeypatch):
     assert choose_splits(1000, 8, device) == 64
     assert choose_splits(1000, 64, device) == 33
     assert choose_splits(1000, 10000, device) == 1
+
+
+@pytest.mark.parametrize(("batch", "tokens", "block_m"), [(1, 1, 1), (1, 2, 2), (2, 1, 1), (8, 1, 2), (8, 2, 4)])
+def test_a_query_head_has_programs_of_its_own_where_all_have_room(batch, tokens, block_m, monkeypatch):
+    monkeypatch.setattr(flash_decoding_launch, "_sm_count", lambda device: 132)
+    q, cache = torch.empty(batch, 16, tokens, 128), torch.empty(batch, 8, 2048, 128)
+    assert plan_launch(q, cache, None, None, None, None, None).options["BLOCK_M"] == block_m
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,170 @@
+"""Time decoder layers one after the other, as they stand in a frame, at one row and the published shapes.
+
+Run: ``python -m bench.layers [--stacks talker predictor] [--search] [--table FILE] [--json FILE]``. A kernel overlaps with its neighbours, so that
+what is fastest alone (bench.linears) need not be fastest here: ``--search`` tries each linear kernel's launches in their place, and ``--table``
+writes this GPU's table for kernels/launches with what it found. The layers' weights together exceed the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from bench.linears import CASES, Case, chosen_launch, compile_launch
+from bench.machine import describe
+from bench.reads import copy_bandwidth
+from qtts_compile.kernels.gemv_launch import candidates
+from qtts_compile.kernels.launch_search import microseconds
+from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, remember
+from qtts_compile.kernels.linear_add import linear_add_triton
+from qtts_compile.kernels.norm_linears import norm_linears_triton
+from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
+from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention_triton
+
+EPS, HEADS, WIDTH = 1e-6, 16, 128
+PARTS = ("gate/up", "qkv", "down", "o")  # the largest first
+ROUNDS = 15
+NOISE_US = 0.03  # of a layer
+
+
+class Stack(NamedTuple):
+    """Layers of a hidden size over a cache of ``slots`` rows, of which those up to ``position`` are attended to."""
+
+    hidden: int
+    inner: int
+    layers: int
+    slots: int
+    position: int
+    sections: tuple[int, ...] = ()
+
+
+STACKS = {
+    "predictor": Stack(1024, 3072, 5, 16, 8),
+    "talker": Stack(2048, 6144, 8, 2048, 100, (24, 20, 20)),
+}
+
+
+def build_layer(stack: Stack) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a layer with random weights, a function of ``[1, hidden]``."""
+    new = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
+
+    def weight(outputs: int, width: int) -> torch.Tensor:
+        return new(outputs, width) * width**-0.5
+
+    projections = [weight(heads * WIDTH, stack.hidden) for heads in (HEADS, HEADS // 2, HEADS // 2)]
+    out, gate, up = weight(stack.hidden, HEADS * WIDTH), weight(stack.inner, stack.hidden), weight(stack.inner, stack.hidden)
+    down, norms, head_norms = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), (new(WIDTH), new(WIDTH))
+    theta = torch.rand(*((3,) if stack.sections else ()), 1, 1, WIDTH, device="cuda")
+    angles = theta.cos().bfloat16(), theta.sin().bfloat16(), list(stack.sections), bool(stack.sections)
+    shape = 1, HEADS // 2, stack.slots, WIDTH
+    caches = new(shape), new(shape)
+    position = torch.tensor([stack.position], device="cuda")
+    mask = (torch.arange(stack.slots, device="cuda") <= position)[None, None, None]
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        states = norm_linears_triton(x, norms[0], projections, [None] * 3, EPS)
+        q, k, v = (state.view(1, 1, -1, WIDTH).transpose(1, 2) for state in states)
+        attended = qk_norm_rope_attention_triton(q, k, v, *head_norms, EPS, EPS, *angles, *caches, position, mask, WIDTH**-0.5)
+        x = linear_add_triton(attended.transpose(1, 2).reshape(1, -1), out, None, x)
+        return linear_add_triton(norm_swiglu_triton(x, norms[1], gate, up, EPS), down, None, x)
+
+    return layer
+
+
+def case_of(stack: str, part: str) -> Case:
+    """Return the linear kernel that is a part of a stack's layers."""
+    return next(case for case in CASES if case.name == f"{stack} {part}")
+
+
+def launches_of(case: Case) -> list[Launch]:
+    """Return what is tried for a linear kernel, what it is launched with now first."""
+    return list(dict.fromkeys([chosen_launch(case, 1), *candidates(1, case.outputs, case.width, torch.bfloat16, case.matrices)]))
+
+
+def shape_of(case: Case) -> Shape:
+    """Return the shape under which a table has a linear kernel of one row."""
+    return Shape(case.op, 2, case.outputs, case.width, 1)
+
+
+def measure(layers: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> float:
+    """Return the microseconds of a layer, of all in turn."""
+
+    def run(inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        y = inputs[0]
+        for layer in layers:
+            y = layer(y)
+        return y
+
+    return median(microseconds(run, [(x,)], ROUNDS)) / len(layers)
+
+
+def search(name: str, layers: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, compiled: set[tuple[Case, Launch]]) -> dict[str, Launch]:
+    """Try each linear kernel's launches in its place, twice over; return those that are used from now on."""
+    device, found = x.device, {}
+    best = min(measure(layers, x) for _ in range(5))
+    for part in PARTS * 2:
+        case = case_of(name, part)
+        chosen = before = chosen_launch(case, 1)
+        for launch in launches_of(case):
+            if (case, launch) in compiled and launch != before:
+                remember(shape_of(case), device, launch)
+                if (us := measure(layers, x)) < best - NOISE_US:
+                    best, chosen = us, launch
+        remember(shape_of(case), device, chosen)
+        found[str(shape_of(case))] = chosen
+        print(f"  {case.name:18} {tuple(before)} -> {tuple(chosen)}: {best:.2f} us a layer", flush=True)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), metavar="NAME")
+    parser.add_argument("--search", action="store_true", help="try other launches of the linear kernels")
+    parser.add_argument("--table", type=Path, help="where to write the launches found, with all others that are shipped for this GPU")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    with multiprocessing.get_context("fork").Pool(max(1, (os.cpu_count() or 1) - 1)) as pool:  # before CUDA starts
+        if not torch.cuda.is_available():
+            raise SystemExit("bench.layers needs a CUDA GPU")
+        capability = torch.cuda.get_device_capability()
+        cases = [case_of(name, part) for name in arguments.stacks for part in PARTS] if arguments.search else []
+        jobs = [(capability, case, 1, launch) for case in cases for launch in launches_of(case)]
+        compiled = {(job[1], job[3]) for job, done in zip(jobs, pool.map(compile_launch, jobs, chunksize=2), strict=True) if done}
+    shipped = SHIPPED / file_name(torch.cuda.get_device_name())
+    table: dict[str, Any] = json.loads(shipped.read_text()) if shipped.is_file() else {}
+    result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "rows": []}
+    result["command"] = "python -m bench.layers " + " ".join(argv or sys.argv[1:])
+    for name in arguments.stacks:
+        stack = STACKS[name]
+        layers = [build_layer(stack) for _ in range(stack.layers)]
+        x = torch.randn(1, stack.hidden, dtype=torch.bfloat16, device="cuda")
+        us = [min(measure(layers, x) for _ in range(5))]
+        if arguments.search:
+            table |= search(name, layers, x, compiled)
+            us.append(min(measure(layers, x) for _ in range(5)))
+        floor = sum(case_of(name, part).weight_bytes for part in PARTS) / copy_bandwidth() / 1e6
+        launches = {part: chosen_launch(case_of(name, part), 1) for part in PARTS}
+        result["rows"].append(dict(stack=name, layers=stack.layers, position=stack.position, us=us, floor_us=floor, launches=launches))
+        print(f"{name:10} {' -> '.join(f'{value:.2f}' for value in us)} us a layer; its weights can be read in {floor:.2f}", flush=True)
+        del layers
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+    if arguments.table:
+        lines = [f"{json.dumps(shape)}: {json.dumps(list(launch))}" for shape, launch in sorted(table.items())]
+        arguments.table.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
