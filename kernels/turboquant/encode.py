@@ -1,0 +1,96 @@
+"""Quantisation of vectors into the codes of a KV cache, for kernels to use: ``codec.quantize`` in registers."""
+
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false
+# Triton's stubs do not know its static loops and shapes.
+
+import triton
+import triton.language as tl
+
+from qtts_compile.kernels.turboquant.codebook import codebook
+from qtts_compile.kernels.turboquant.codec import E4M3_MAX, FLOAT16_MAX, TINY
+from qtts_compile.kernels.turboquant.rotation import rotate_rows
+
+MAX_CODE = tl.constexpr(E4M3_MAX)
+MAX_SCALE = tl.constexpr(FLOAT16_MAX)
+MIN_PEAK = tl.constexpr(TINY)
+CENTROIDS_3, CENTROIDS_4 = tl.constexpr(codebook(3).centroids), tl.constexpr(codebook(4).centroids)
+BOUNDARIES_3, BOUNDARIES_4 = tl.constexpr(codebook(3).boundaries), tl.constexpr(codebook(4).boundaries)
+
+
+@triton.jit
+def encode_rows(x, BITS: tl.constexpr, UNBIASED: tl.constexpr):
+    """Return the codes of ``BITS``, int32 ``[N, D]``, and the scales, float32 ``[N, 1]``, of float32 rows ``x`` ``[N, D]``.
+
+    A scale that :func:`is_storable` refuses stands for a vector that is not finite or too large.
+    """
+    magnitude = tl.abs(x)
+    peak = tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), axis=1, keep_dims=True)
+    if BITS == 8:
+        scale = tl.div_rn(peak, MAX_CODE)
+        stored = scale.to(tl.float16).to(tl.float32)
+        return to_e4m3(tl.where(stored > 0, tl.div_rn(x, tl.where(stored > 0, stored, 1.0)), 0.0)), scale
+    else:
+        peak = tl.maximum(peak, MIN_PEAK)
+        x_unit = x * (1.0 / peak)
+        norm = tl.sqrt(tl.sum(x_unit * x_unit, axis=1, keep_dims=True))
+        root: tl.constexpr = x.shape[1] ** 0.5
+        z = rotate_rows(x_unit) * (root / tl.maximum(norm, MIN_PEAK))
+        index, c = nearest(z, BITS)
+        product = tl.sum(z * c, axis=1, keep_dims=True)
+        ratio = x.shape[1] / tl.where(norm == 0, 1.0, product) if UNBIASED else product / tl.sum(c * c, axis=1, keep_dims=True)
+        return index, norm * ratio / root * peak
+
+
+@triton.jit
+def is_storable(scale):
+    """Tell whether a scale can be stored: it is no NaN and no more than float16 holds."""
+    return scale <= MAX_SCALE
+
+
+@triton.jit
+def nearest(z, BITS: tl.constexpr):
+    """Return the index and the value of the centroid nearest to each coordinate."""
+    HALF: tl.constexpr = 2 ** (BITS - 1)
+    levels: tl.constexpr = CENTROIDS_4 if BITS == 4 else CENTROIDS_3
+    edges: tl.constexpr = BOUNDARIES_4 if BITS == 4 else BOUNDARIES_3
+    is_positive = z > 0
+    magnitude = tl.abs(z)
+    step = tl.zeros(z.shape, tl.int32)
+    c = tl.full(z.shape, levels[HALF], tl.float32)
+    for i in tl.static_range(HALF, 2 * HALF - 1):
+        is_above = magnitude > edges[i]
+        step += is_above.to(tl.int32)
+        c = tl.where(is_above, levels[i + 1], c)
+    return tl.where(is_positive, HALF + step, HALF - 1 - step), tl.where(is_positive, c, -c)
+
+
+@triton.jit
+def to_e4m3(x):
+    """Round float32 to the nearest e4m3, ties to even, saturated at 448; return its bits as int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # From 2^-6 on: drop 20 bits of the mantissa and change the exponent's bias from 127 to 7. Below: the sum's last bit is worth 2^-9.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    subnormal = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.minimum(tl.where(magnitude < 0x3C800000, subnormal, normal), 0x7E)
+    return code | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def store_codes(Codes_ptr, codes, mask, BITS: tl.constexpr):
+    """Pack ``codes`` ``[N, D]`` and store them at the row pointers ``Codes_ptr`` ``[N, 1]`` where ``mask`` ``[N, 1]``."""
+    if BITS == 3:
+        _store_plane(Codes_ptr, codes & 3, mask, 4)
+        _store_plane(Codes_ptr + codes.shape[1] // 4, codes >> 2, mask, 8)
+    else:
+        _store_plane(Codes_ptr, codes, mask, 8 // BITS)
+
+
+@triton.jit
+def _store_plane(Codes_ptr, fields, mask, PARTS: tl.constexpr):
+    """Store bytes that hold one field from each of ``PARTS`` equal parts of ``fields`` ``[N, D]``."""
+    WIDTH: tl.constexpr = fields.shape[1] // PARTS
+    shifts = tl.arange(0, PARTS)[None, :, None] * (8 // PARTS)
+    packed = tl.sum(tl.reshape(fields, [fields.shape[0], PARTS, WIDTH]) << shifts, axis=1)
+    tl.store(Codes_ptr + tl.arange(0, WIDTH)[None, :], packed.to(tl.uint8), mask=mask)

@@ -1,0 +1,62 @@
+"""What a quantised KV cache stores of a key and of a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCALE_BYTES = 2
+E4M3_BITS = 8
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store a cache's keys and values: codes of ``k_bits`` and ``v_bits`` a coordinate, and one float16 scale a vector.
+
+    Codes of 3 and 4 bits are indices into the Lloyd-Max codebook of the rotated vector (TurboQuant, arXiv 2504.19874); codes of 8 bits are
+    e4m3 floats of the vector itself. Of a vector of width D:
+
+    - 4 bits: byte j has coordinate j in its low and coordinate j + D/2 in its high half;
+    - 3 bits: D/4 bytes with the low two bits, where byte j has coordinate j + i * D/4 at bit 2i, then D/8 bytes with the third bits, where
+      byte j has that of coordinate j + i * D/8 at bit i;
+    - 8 bits: byte j is coordinate j.
+    """
+
+    name: str
+    k_bits: int
+    v_bits: int
+
+    @classmethod
+    def parse(cls, name: str) -> Format:
+        """Return the format "int4", "int3", "k4v3" or "fp8". Raises ``ValueError`` for another name."""
+        if name not in _FORMATS:
+            raise ValueError(f"a quantised KV cache is one of {', '.join(_FORMATS)}, got {name!r}; bf16, fp16 and fp32 need no format")
+        return _FORMATS[name]
+
+    def key_bytes(self, head_dim: int) -> int:
+        """Return the bytes of the codes of a key. Raises ``ValueError`` as :func:`check_head_dim`."""
+        return code_bytes(self.k_bits, head_dim)
+
+    def value_bytes(self, head_dim: int) -> int:
+        """Return the bytes of the codes of a value. Raises ``ValueError`` as :func:`check_head_dim`."""
+        return code_bytes(self.v_bits, head_dim)
+
+    def bytes_per_token(self, head_dim: int) -> int:
+        """Return the bytes of a key, a value and their scales: what one token takes in one KV head."""
+        return self.key_bytes(head_dim) + self.value_bytes(head_dim) + 2 * SCALE_BYTES
+
+
+_FORMATS = {
+    name: Format(name, k_bits, v_bits) for name, k_bits, v_bits in (("int4", 4, 4), ("k4v3", 4, 3), ("int3", 3, 3), ("fp8", E4M3_BITS, E4M3_BITS))
+}
+
+
+def code_bytes(bits: int, head_dim: int) -> int:
+    """Return the bytes of ``head_dim`` codes. Raises ``ValueError`` as :func:`check_head_dim`."""
+    check_head_dim(head_dim)
+    return bits * head_dim // 8
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise ``ValueError`` unless vectors of width ``head_dim`` can be stored."""
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(f"a quantised KV cache needs a head_dim that is a power of two from 16 on, got {head_dim}; keep its keys and values in bf16")
