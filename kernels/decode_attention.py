@@ -76,8 +76,14 @@ def check_decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ma
     check_shape("v", v, batch, k_heads, keys, width)
     if keys == 0 or k_heads == 0 or width == 0 or q_heads % k_heads:
         raise ValueError(f"k must have S > 0 keys, D > 0 and a head count that divides q's {q_heads}, got {tuple(k.shape)}")
+    check_mask(mask, q, keys)
+
+
+def check_mask(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is None or one for ``q`` ``[B, Hq, T, D]`` and so many keys."""
     if mask is None:
         return
+    batch, q_heads, tokens, _ = q.shape
     if mask.dtype not in (torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise TypeError(f"mask must be bool or floating, got {mask.dtype}; use mask.bool() if its ones mean attend")
     check_device("mask", mask, "q", q)

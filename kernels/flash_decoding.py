@@ -80,12 +80,17 @@ def no_keys_yet(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def attend(states, q_rows, k, v, biases):
-    """Add keys ``[N, BLOCK_D]`` to the states of the query rows ``[BLOCK_D]``, which are scaled by log2(e)."""
+def attend(states, q_rows, k, v, biases, k_scales=None, v_scales=None):
+    """Add keys ``[N, BLOCK_D]`` to the states of the query rows ``[BLOCK_D]``, which are scaled by log2(e).
+
+    Keys and values count ``k_scales`` and ``v_scales`` ``[N]`` times, if those are given.
+    """
     new_states = ()
     for m in tl.static_range(len(q_rows)):
         row_max, row_sum, out = states[m]
         scores = tl.sum(q_rows[m][None, :] * k.to(tl.float32), axis=1)
+        if k_scales is not None:
+            scores *= k_scales
         bias = biases[m % len(biases)]
         scores = tl.where(bias == float("-inf"), float("-inf"), scores + bias * LOG2_E)
         new_max = tl.maximum(row_max, tl.max(scores, axis=0))
@@ -93,7 +98,8 @@ def attend(states, q_rows, k, v, biases):
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.exp2(row_max - origin)
         weights = tl.exp2(scores - origin)
-        out = out * rescale + tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
+        scaled = weights if v_scales is None else weights * v_scales
+        out = out * rescale + tl.sum(scaled[:, None] * v.to(tl.float32), axis=0)
         new_states = new_states + ((new_max, row_sum * rescale + tl.sum(weights, axis=0), out),)
     return new_states
 

@@ -7,8 +7,6 @@
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
-from triton.language.extra.cuda import libdevice
 
 from qtts_compile.kernels.decode_attention import check_decode_attention, decode_attention_fake, decode_attention_reference
 from qtts_compile.kernels.flash_decoding import (
@@ -30,13 +28,13 @@ from qtts_compile.kernels.flash_decoding import (
 from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, mask_strides, plan_launch
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.norm_rotate import load_angles, load_head, load_weight, norm_rotate
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.qk_norm_rope_kv_write import check_qk_norm_rope_kv_write, qk_norm_rope_kv_write_reference
-from qtts_compile.kernels.rotary import as_angles, select_axis
+from qtts_compile.kernels.rotary import as_angles
 from qtts_compile.kernels.rows import with_unit_stride
 
 MAX_TOKENS = 2
-IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 def qk_norm_rope_attention(
@@ -100,58 +98,6 @@ def check_qk_norm_rope_attention(
 
 
 @triton.jit
-def _load_weight(W_ptr, columns, partners, D: tl.constexpr):
-    """Load the weight of a norm at the columns of a head and at their partners; without a norm there is none."""
-    if W_ptr is None:
-        return ()
-    else:
-        weight = tl.load(W_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-        return weight, tl.load(W_ptr + partners, mask=columns < D, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_angles(
-    Cos_ptr, Sin_ptr, stride_axis, columns, D: tl.constexpr,
-    HAS_SECTIONS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr,
-):  # fmt: skip
-    """Load in float32 what the columns of a token's heads, and their partners, are multiplied by to rotate them."""
-    frequency = columns % (D // 2)
-    offsets = frequency if IS_INTERLEAVED else columns
-    if HAS_SECTIONS:
-        offsets += select_axis(frequency, IS_INTERLEAVED, AXIS_1, AXIS_2).to(tl.int64) * stride_axis
-    cos = tl.load(Cos_ptr + offsets, mask=columns < D, other=0.0).to(tl.float32)
-    sin = tl.load(Sin_ptr + offsets, mask=columns < D, other=0.0).to(tl.float32)
-    return cos, tl.where(columns < D // 2, -sin, sin)
-
-
-@triton.jit
-def _product(x, y):
-    """Multiply without joining a later addition (FMA), which would leave out the rounding in between."""
-    if IS_INTERPRETED:
-        return x * y
-    else:
-        return libdevice.mul_rn(x, y)
-
-
-@triton.jit
-def _load_head(X_ptr, in_bounds, columns, partners):
-    """Load the head ``[D]`` at ``X_ptr``: its columns, and for each its partner, half a head away."""
-    return tl.load(X_ptr + columns, mask=in_bounds, other=0.0), tl.load(X_ptr + partners, mask=in_bounds, other=0.0)
-
-
-@triton.jit
-def _norm_rotate(head, weight, eps, angles, D: tl.constexpr):
-    """Normalise and rotate a head from :func:`_load_head`."""
-    dtype: tl.constexpr = head[0].dtype
-    x, partner = head[0].to(tl.float32), head[1].to(tl.float32)
-    if len(weight) > 0:
-        scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-        x = (weight[0] * (x * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-        partner = (weight[1] * (partner * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
-    return (_product(x, angles[0]).to(dtype).to(tl.float32) + _product(partner, angles[1]).to(dtype).to(tl.float32)).to(dtype)
-
-
-@triton.jit
 def _qk_norm_rope_attention_kernel(
     Q_ptr, K_ptr, V_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_cache_ptr, V_cache_ptr, Position_ptr, Mask_ptr,
     Out_ptr, Max_ptr, Sum_ptr, H_k, S, q_eps, k_eps, scale, stride_position,
@@ -169,8 +115,8 @@ def _qk_norm_rope_attention_kernel(
     in_width = columns < D
     K_cache_ptr += batch * k_cache_strides[0] + k_head * k_cache_strides[1]
     V_cache_ptr += batch * v_cache_strides[0] + k_head * v_cache_strides[1]
-    q_weight = _load_weight(Q_weight_ptr, columns, partners, D)
-    k_weight = _load_weight(K_weight_ptr, columns, partners, D)
+    q_weight = load_weight(Q_weight_ptr, columns, partners, D)
+    k_weight = load_weight(K_weight_ptr, columns, partners, D)
     wait_for_inputs(HAS_PDL)
 
     # All that is known to be needed is requested together, to wait for memory once.
@@ -181,17 +127,17 @@ def _qk_norm_rope_attention_kernel(
     q_heads = ()
     for m in tl.static_range(BLOCK_M):
         in_bounds = in_width & is_row(place, m, GROUP)
-        q_heads = q_heads + (_load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), in_bounds, columns, partners),)
+        q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), in_bounds, columns, partners),)
     rows, in_cache, angles, k_heads, values = (), (), (), (), ()
     for t in tl.static_range(T):
         row, is_in_cache = cache_row(Position_ptr, t, stride_position, S)
         rows = rows + (row,)
         in_cache = in_cache + (is_in_cache,)
         offset = batch * angle_strides[1] + t * angle_strides[2]
-        angles = angles + (_load_angles(
+        angles = angles + (load_angles(
             Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2
         ),)  # fmt: skip
-        k_heads = k_heads + (_load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1] + t * k_strides[2], in_width, columns, partners),)
+        k_heads = k_heads + (load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1] + t * k_strides[2], in_width, columns, partners),)
         values = values + (tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + t * v_strides[2] + columns, mask=in_width, other=0.0),)
     if IS_ONE_TILE:
         biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
@@ -200,7 +146,7 @@ def _qk_norm_rope_attention_kernel(
 
     q_rows = ()
     for m in tl.static_range(BLOCK_M):
-        q_rows = q_rows + (_norm_rotate(q_heads[m], q_weight, q_eps, angles[m % T], D).to(tl.float32) * (scale * LOG2_E),)
+        q_rows = q_rows + (norm_rotate(q_heads[m], q_weight, q_eps, angles[m % T], D).to(tl.float32) * (scale * LOG2_E),)
     states = no_keys_yet(BLOCK_M, BLOCK_D)
     # The last split has the fewest tiles to read. The last of several tokens at one position stays in the cache.
     if Max_ptr is None or tl.program_id(1) == tl.num_programs(1) - 1:
@@ -208,7 +154,7 @@ def _qk_norm_rope_attention_kernel(
             is_kept = in_cache[t]
             for later in tl.static_range(t + 1, T):
                 is_kept = is_kept & (rows[t] != rows[later])
-            k = _norm_rotate(k_heads[t], k_weight, k_eps, angles[t], D)
+            k = norm_rotate(k_heads[t], k_weight, k_eps, angles[t], D)
             writable = in_width & is_kept & (first_row == 0)
             tl.store(K_cache_ptr + rows[t] * k_cache_strides[2] + columns, k, mask=writable)
             tl.store(V_cache_ptr + rows[t] * v_cache_strides[2] + columns, values[t], mask=writable)

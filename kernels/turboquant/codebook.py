@@ -4,6 +4,8 @@ import functools
 import math
 from typing import NamedTuple
 
+import torch
+
 BITS = (2, 3, 4)
 
 
@@ -11,11 +13,13 @@ class Codebook(NamedTuple):
     """The scalar quantiser of N(0, 1) with the least mean squared error for its number of levels.
 
     ``centroids`` are the ``2**bits`` levels in ascending order, ``boundaries`` the ``2**bits - 1`` values between them: a coordinate's index
-    is the number of boundaries below it. ``mse`` is the expected squared error.
+    is the number of boundaries below it. ``levels`` are the centroids in bfloat16, which is what codes stand for: kernels look them up in pairs.
+    ``mse`` is the expected squared error of the centroids.
     """
 
     centroids: tuple[float, ...]
     boundaries: tuple[float, ...]
+    levels: tuple[float, ...]
     mse: float
 
 
@@ -33,9 +37,11 @@ def codebook(bits: int) -> Codebook:
         previous, centroids = centroids, [_mass_times_x(low, high) / _mass(low, high) for low, high in zip(edges, edges[1:])]
     energy = 2 * sum(_mass(low, high) * level**2 for low, high, level in zip(edges, edges[1:], centroids))
     inner = edges[1:-1]
+    every = (*(-level for level in reversed(centroids)), *centroids)
     return Codebook(
-        centroids=(*(-level for level in reversed(centroids)), *centroids),
+        centroids=every,
         boundaries=(*(-edge for edge in reversed(inner)), 0.0, *inner),
+        levels=tuple(torch.tensor(every).bfloat16().tolist()),
         mse=1 - energy,
     )
 

@@ -42,8 +42,8 @@ def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def quantize(x: torch.Tensor, bits: int, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return uint8 codes ``[..., bits * D / 8]`` and float16 scales ``[...]`` of vectors ``x`` ``[..., D]``, computed in float32.
 
-    With 3 or 4 ``bits``, y = :func:`rotate` (x) is scaled to a mean square of 1 and each coordinate goes to the nearest centroid c of
-    :func:`codebook`. The scale, which c is multiplied by to decode, is |x|^2 / <y, c> if ``unbiased`` (for keys: then <x, decoded> = |x|^2)
+    With 3 or 4 ``bits``, y = :func:`rotate` (x) is scaled to a mean square of 1 and each coordinate goes to the level c of the nearest centroid
+    of :func:`codebook`. The scale, which c is multiplied by to decode, is |x|^2 / <y, c> if ``unbiased`` (for keys: then <x, decoded> = |x|^2)
     and <y, c> / |c|^2 if not (for values: the least squared error). With 8 bits the codes are x / scale in e4m3, rounded to the nearest even
     and saturated, and the scale is the largest magnitude / 448. A vector of zeros has the scale 0. Below about 1e-4 scales are subnormal and
     coarser, down to 0.
@@ -68,7 +68,7 @@ def quantize(x: torch.Tensor, bits: int, unbiased: bool) -> tuple[torch.Tensor, 
     book, half = codebook(bits), 2 ** (bits - 1)
     step = torch.bucketize(z.abs(), torch.tensor(book.boundaries[half:], device=x.device))
     indices = torch.where(z > 0, half + step, half - 1 - step)
-    c = torch.tensor(book.centroids, device=x.device)[indices]
+    c = torch.tensor(book.levels, device=x.device)[indices]
     product = (z * c).sum(-1, keepdim=True)
     ratio = x.shape[-1] / torch.where(norm == 0, 1.0, product) if unbiased else product / (c * c).sum(-1, keepdim=True)
     return pack(indices, bits), _storable(norm * ratio / root * peak, x).squeeze(-1)
@@ -79,7 +79,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Ten
     scale = scale.float().unsqueeze(-1)
     if bits == E4M3_BITS:
         return codes.view(torch.float8_e4m3fn).float() * scale
-    return unrotate(torch.tensor(codebook(bits).centroids, device=codes.device)[unpack(codes, bits).int()] * scale)
+    return unrotate(torch.tensor(codebook(bits).levels, device=codes.device)[unpack(codes, bits).int()] * scale)
 
 
 def _planes(bits: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Tiles of a quantised KV cache as centroids, for kernels to use."""
+"""Tiles of a quantised KV cache as levels of its codebooks, for kernels to use."""
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 # Triton's stubs do not know its static loops and tuples.
@@ -6,11 +6,11 @@
 import triton
 import triton.language as tl
 
-from qtts_compile.kernels.turboquant.encode import CENTROIDS_3, CENTROIDS_4
+from qtts_compile.kernels.turboquant.pairs import THREE_BITS, look_up
 
 
 @triton.jit
-def load_parts(Codes_ptr, mask, D: tl.constexpr, BITS: tl.constexpr):
+def load_parts(Codes_ptr, mask, Pairs_ptr, D: tl.constexpr, BITS: tl.constexpr):
     """Load the codes at the row pointers ``Codes_ptr`` ``[N, 1]`` where ``mask`` ``[N, 1]``; return what each coordinate is in units of its scale.
 
     The result is a tuple of equal parts of D, float32 ``[N, D / len]``, so that nothing is interleaved: halves for 4 bits, quarters for 3,
@@ -20,15 +20,18 @@ def load_parts(Codes_ptr, mask, D: tl.constexpr, BITS: tl.constexpr):
     if BITS == 8:
         parts = parts + (from_e4m3(_load_bytes(Codes_ptr, mask, tl.arange(0, D))),)
     elif BITS == 4:
-        codes = _load_bytes(Codes_ptr, mask, tl.arange(0, D // 2))
-        parts = parts + (centroid(codes, 4), centroid(codes >> 4, 4))
+        parts = look_up(Pairs_ptr, _load_bytes(Codes_ptr, mask, tl.arange(0, D // 2)))
     else:
         columns = tl.arange(0, D // 4)
         low = _load_bytes(Codes_ptr, mask, columns)
         # A quarter takes its third bits from two places of the byte, one for each of its halves.
         high = _load_bytes(Codes_ptr + D // 4, mask, columns % (D // 8)) >> (columns // (D // 8))[None, :]
-        for i in tl.static_range(4):
-            parts = parts + (centroid(((low >> (2 * i)) & 3) | ((high >> (2 * i) & 1) << 2), 3),)
+        for _ in tl.static_range(2):
+            codes = (low & 3) | ((high & 1) << 2) | ((low & 12) << 1) | ((high & 4) << 3)
+            first, second = look_up(Pairs_ptr + THREE_BITS, codes)
+            parts = parts + (first, second)
+            low >>= 4
+            high >>= 4
     return parts
 
 
@@ -47,25 +50,6 @@ def join_parts(parts):
 
 
 @triton.jit
-def centroid(index, BITS: tl.constexpr):
-    """Return the centroid of the low ``BITS`` of each ``index``."""
-    HALF: tl.constexpr = 2 ** (BITS - 1)
-    centroids: tl.constexpr = CENTROIDS_4 if BITS == 4 else CENTROIDS_3
-    levels = ()
-    for i in tl.static_range(HALF):
-        levels = levels + (centroids[HALF + i],)
-    is_positive = (index & HALF) != 0
-    step = tl.where(is_positive, index, ~index)
-    for bit in tl.static_range(BITS - 1):
-        is_set = (step & (1 << bit)) != 0
-        chosen = ()
-        for pair in tl.static_range(HALF >> (bit + 1)):
-            chosen = chosen + (tl.where(is_set, levels[2 * pair + 1], levels[2 * pair]),)
-        levels = chosen
-    return tl.where(is_positive, levels[0], -levels[0])
-
-
-@triton.jit
 def from_e4m3(codes):
     """Return the float32 values of e4m3 bits, int32."""
     # The bits of a float16 of the same sign, exponent and mantissa, whose bias is larger by 8.
@@ -75,4 +59,7 @@ def from_e4m3(codes):
 
 @triton.jit
 def _load_bytes(Codes_ptr, mask, columns):
-    return tl.load(Codes_ptr + columns[None, :], mask=mask, other=0).to(tl.int32)
+    # Half a warp for a row, as of keys in half precision: with 16 bytes for each lane, a sum over rows would go through too many lanes.
+    LANE: tl.constexpr = max(1, columns.shape[0] // 16)
+    pointers = tl.multiple_of(tl.max_contiguous(Codes_ptr + columns[None, :], [1, LANE]), [1, LANE])
+    return tl.load(pointers, mask=mask, other=0).to(tl.int32)

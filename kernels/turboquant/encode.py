@@ -14,7 +14,7 @@ from qtts_compile.kernels.turboquant.rotation import rotate_rows
 MAX_CODE = tl.constexpr(E4M3_MAX)
 MAX_SCALE = tl.constexpr(FLOAT16_MAX)
 MIN_PEAK = tl.constexpr(TINY)
-CENTROIDS_3, CENTROIDS_4 = tl.constexpr(codebook(3).centroids), tl.constexpr(codebook(4).centroids)
+LEVELS_3, LEVELS_4 = tl.constexpr(codebook(3).levels), tl.constexpr(codebook(4).levels)
 BOUNDARIES_3, BOUNDARIES_4 = tl.constexpr(codebook(3).boundaries), tl.constexpr(codebook(4).boundaries)
 
 
@@ -50,9 +50,9 @@ def is_storable(scale):
 
 @triton.jit
 def nearest(z, BITS: tl.constexpr):
-    """Return the index and the value of the centroid nearest to each coordinate."""
+    """Return the index and the level of the centroid nearest to each coordinate."""
     HALF: tl.constexpr = 2 ** (BITS - 1)
-    levels: tl.constexpr = CENTROIDS_4 if BITS == 4 else CENTROIDS_3
+    levels: tl.constexpr = LEVELS_4 if BITS == 4 else LEVELS_3
     edges: tl.constexpr = BOUNDARIES_4 if BITS == 4 else BOUNDARIES_3
     is_positive = z > 0
     magnitude = tl.abs(z)

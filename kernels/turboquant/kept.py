@@ -26,7 +26,7 @@ def kept_rows(slots: torch.Tensor, last: torch.Tensor, start: torch.Tensor, sink
 
 def check_buffers(
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, last: torch.Tensor, start: torch.Tensor,
-    sinks: int, format: str,
+    sinks: int, format: str, name_of_last: str = "last",
 ) -> None:  # fmt: skip
     """Raise ``TypeError`` or ``ValueError`` unless these are the buffers of one quantised cache, on one device."""
     parsed = Format.parse(format)
@@ -43,7 +43,7 @@ def check_buffers(
         ("k_codes", k_codes, torch.uint8, (batch, heads, slots, parsed.key_bytes(head_dim))),
         ("v_codes", v_codes, torch.uint8, (batch, heads, slots, parsed.value_bytes(head_dim))),
         ("scales", scales, torch.float16, (2, batch, heads, slots)),
-        ("last", last, torch.int64, (1,)),
+        (name_of_last, last, torch.int64, (1,)),
         ("start", start, torch.int64, (batch,)),
     ):
         if tensor.dtype != dtype:

@@ -1,0 +1,106 @@
+"""Parts of attention over a quantised KV cache, for kernels to use: over codes, over kept tokens, and the write of a new one."""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false
+# Triton's stubs do not know its static loops and tuples.
+
+import triton
+import triton.language as tl
+
+from qtts_compile.kernels.flash_decoding import attend, is_attended, is_old_key, load_biases, load_tile, look_ahead
+from qtts_compile.kernels.turboquant.decode import join_parts, load_parts
+from qtts_compile.kernels.turboquant.encode import encode_rows, is_storable, store_codes
+from qtts_compile.kernels.turboquant.kept import find_kept
+from qtts_compile.kernels.turboquant.rotation import rotate_rows, unrotate_rows
+
+KEPT_TILE = tl.constexpr(16)
+
+
+@triton.jit
+def attend_codes(
+    states, q_rows, live_bits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Pairs_ptr,
+    Mask_ptr, mask_strides, place, S, row, start,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr,
+    FLOOR: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Add what is only there as codes, of this split's tiles of one head, to the states of rotated queries."""
+    for look in range(N_LOOKS):
+        next_bits = 0
+        if N_LOOKS > 1:
+            next_bits = look_ahead(look + 1, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        for i in range(LOOK_AHEAD):
+            if (live_bits >> i) & 1:
+                tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * tl.num_programs(1)
+                keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+                is_sink, is_recent = find_kept(keys, row, start, SINKS, WINDOW)
+                is_code = is_old_key(keys, S, (row,)) & ~is_sink & ~is_recent
+                biases = load_biases(Mask_ptr, mask_strides, place, keys, is_code, GROUP, MASK_ROWS, FLOOR)
+                readable = is_attended(biases)
+                k = join_parts(load_parts(K_codes_ptr + keys[:, None] * k_stride, readable[:, None], Pairs_ptr, D, K_BITS))
+                v = join_parts(load_parts(V_codes_ptr + keys[:, None] * v_stride, readable[:, None], Pairs_ptr, D, V_BITS))
+                k_scale = tl.load(K_scales_ptr + keys * scale_stride, mask=readable, other=0.0).to(tl.float32)
+                v_scale = tl.load(V_scales_ptr + keys * scale_stride, mask=readable, other=0.0).to(tl.float32)
+                states = attend(states, q_rows, k, v, biases, k_scale, v_scale)
+        live_bits = next_bits
+    return states
+
+
+@triton.jit
+def attend_kept(
+    states, q_rows, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Add this split's share of the sinks and recent tokens, but for the new one, to the states of the queries."""
+    for tile in range(tl.program_id(1), (SINKS + WINDOW + KEPT_TILE - 1) // KEPT_TILE, tl.num_programs(1)):
+        rows = (tl.arange(0, KEPT_TILE) + tile * KEPT_TILE).to(tl.int64)
+        age = (row % WINDOW - (rows - SINKS) + WINDOW) % WINDOW
+        slots = tl.where(rows < SINKS, start + rows, row - age)
+        is_sink, _ = find_kept(slots, row, start, SINKS, WINDOW)
+        is_there = (rows < SINKS + WINDOW) & (slots >= 0) & (slots < row) & (is_sink == (rows < SINKS))
+        biases = load_biases(Mask_ptr, mask_strides, place, slots, is_there, GROUP, MASK_ROWS, FLOOR)
+        readable = is_attended(biases)
+        k = load_tile(K_kept_ptr, kept_stride, rows, readable, D, D)
+        v = load_tile(V_kept_ptr, kept_stride, rows, readable, D, D)
+        states = attend(states, q_rows, k, v, biases)
+    return states
+
+
+@triton.jit
+def write_vector(
+    x, Codes_ptr, Scale_ptr, Kept_ptr, kept_stride, row, start, is_writer,
+    D: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Store the new key or value ``[D]``: its codes and its scale, which is returned, and ``x`` itself."""
+    columns = tl.arange(0, D)
+    is_sink, _ = find_kept(row, row, start, SINKS, WINDOW)
+    tl.store(Kept_ptr + (SINKS + row % WINDOW) * kept_stride + columns, x, mask=is_writer)
+    tl.store(Kept_ptr + (row - start) * kept_stride + columns, x, mask=is_writer & is_sink)
+    codes, scale = encode_rows(x.to(tl.float32)[None, :], BITS, UNBIASED)
+    one = tl.zeros([1, 1], tl.int32)
+    store_codes(Codes_ptr + one, codes, is_writer & (one == 0), BITS)
+    tl.store(Scale_ptr + one, scale.to(tl.float16), mask=is_writer & (one == 0))
+    return tl.max(tl.where(is_storable(scale), 0, 1))
+
+
+@triton.jit
+def rotated(x, BITS: tl.constexpr):
+    """Rotate one row ``[D]`` as codes of so many bits are."""
+    if BITS < 8:
+        x = tl.reshape(rotate_rows(x[None, :]), [x.shape[0]])
+    return x
+
+
+@triton.jit
+def joined(code_states, raw_states, V_BITS: tl.constexpr):
+    """Join the states over codes, whose sums of values are rotated, with those over vectors as they are."""
+    states = ()
+    for m in tl.static_range(len(raw_states)):
+        code_max, code_sum, code_out = code_states[m]
+        raw_max, raw_sum, raw_out = raw_states[m]
+        if V_BITS < 8:
+            code_out = tl.reshape(unrotate_rows(code_out[None, :]), [code_out.shape[0]])
+        row_max = tl.maximum(code_max, raw_max)
+        origin = tl.where(row_max == float("-inf"), 0.0, row_max)
+        of_codes, of_raw = tl.exp2(code_max - origin), tl.exp2(raw_max - origin)
+        states = states + ((row_max, code_sum * of_codes + raw_sum * of_raw, code_out * of_codes + raw_out * of_raw),)
+    return states

@@ -1,0 +1,229 @@
+"""A decode step over a quantised KV cache in one launch, or two for long caches: per-head RMSNorm, rotary embedding, quantisation, attention.
+
+Keys and values stay packed: the query is rotated as they were (arXiv 2504.19874), the sum of values is rotated back at the end.
+"""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# Triton's stubs type a launch as a call of the kernel itself, without its launch options, and do not know its static loops and tuples.
+
+import torch
+import triton
+import triton.language as tl
+
+from qtts_compile.kernels.decode_attention import check_mask, decode_attention_fake, decode_attention_reference
+from qtts_compile.kernels.flash_decoding import (
+    LOG2_E,
+    attend_key,
+    is_attended,
+    is_row,
+    load_biases,
+    locate_rows,
+    look_ahead,
+    no_keys_yet,
+    row_offset,
+    store_rows,
+)
+from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, mask_strides, plan_launch
+from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
+from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.norm_rotate import load_angles, load_head, load_weight, norm_rotate
+from qtts_compile.kernels.pdl import announce, wait_for_inputs
+from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_attention
+from qtts_compile.kernels.rms_norm import rms_norm_reference
+from qtts_compile.kernels.rotary import as_angles, rotary_reference
+from qtts_compile.kernels.rows import with_unit_stride
+from qtts_compile.kernels.turboquant.attend import attend_codes, attend_kept, joined, rotated, write_vector
+from qtts_compile.kernels.turboquant.format import Format
+from qtts_compile.kernels.turboquant.kept import check_buffers
+from qtts_compile.kernels.turboquant.pairs import check_pairs
+from qtts_compile.kernels.turboquant.read import quantized_kv_read_reference
+from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference
+
+
+def qk_norm_rope_quantized_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    sections: list[int],
+    interleaved: bool,
+    k_codes: torch.Tensor,
+    v_codes: torch.Tensor,
+    scales: torch.Tensor,
+    kept: torch.Tensor,
+    position: torch.Tensor,
+    start: torch.Tensor,
+    pairs: torch.Tensor,
+    sinks: int,
+    format: str,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """Write one new token into a quantised cache and return the attention of its queries ``q`` over it.
+
+    ``q`` is ``[B, Hq, 1, D]``, ``k`` and ``v`` are ``[B, Hk, 1, D]``; the arguments from ``k_codes`` on are those of ``quantized_kv_write``
+    and ``quantized_kv_read``, with ``position`` ``[1]`` as ``last``, the others those of ``qk_norm_rope_attention``, with the same rounding
+    of queries and keys. Attention is computed in float32 over what ``quantized_kv_read`` decodes, before it is rounded, and over the new
+    token as it is; ``mask`` ``[B, Hq, 1, S]`` counts slots. ``kept`` must have room for a recent token. The result ``[B, Hq, 1, D]`` has the
+    strides of ``decode_attention``'s.
+
+    The weights of the norms must be at rest, as for ``qk_norm_rope_attention``.
+
+    Raises ``TypeError`` or ``ValueError`` as those do, and ``ValueError`` for more than one token.
+    """
+    return torch.ops.qtts.qk_norm_rope_quantized_attention.default(
+        q, k, v, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved,
+        k_codes, v_codes, scales, kept, position, start, pairs, sinks, format, mask, scale,
+    )  # fmt: skip
+
+
+def qk_norm_rope_quantized_attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
+    k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
+    pairs: torch.Tensor, sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Compute :func:`qk_norm_rope_quantized_attention` in plain PyTorch."""
+    q, k = (
+        rotary_reference(x if weight is None else rms_norm_reference(x, weight, eps), cos, sin, sections, interleaved)
+        for x, weight, eps in ((q, q_weight, q_eps), (k, k_weight, k_eps))
+    )
+    last = position % k_codes.shape[2]
+    quantized_kv_write_reference(k, v, k_codes, v_codes, scales, kept, position, last, start, sinks, format)
+    keys, values = quantized_kv_read_reference(k_codes, v_codes, scales, kept, last, start, pairs, sinks, format)
+    return decode_attention_reference(q, keys, values, mask, scale)
+
+
+def check_qk_norm_rope_quantized_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
+    k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
+    pairs: torch.Tensor, sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+) -> None:  # fmt: skip
+    """Raise ``TypeError`` or ``ValueError`` unless :func:`qk_norm_rope_quantized_attention` accepts the arguments."""
+    check_buffers(k_codes, v_codes, scales, kept, position, start, sinks, format, name_of_last="position")
+    check_pairs(pairs, "kept", kept)
+    if kept.shape[3] <= sinks:
+        raise ValueError(f"kept must have room for the new token beside its {sinks} sinks, got {tuple(kept.shape)}; call quantized_kv_write")
+    check_qk_norm_rope_attention(q, k, v, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, kept[0], kept[1], position, None, scale)
+    check_mask(mask, q, k_codes.shape[2])
+
+
+@triton.jit
+def _qk_norm_rope_quantized_attention_kernel(
+    Q_ptr, K_ptr, V_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr, Position_ptr, Start_ptr,
+    Pairs_ptr, Mask_ptr, Out_ptr, Max_ptr, Sum_ptr, H_k, S, q_eps, k_eps, scale, stride_start,
+    q_strides, k_strides, v_strides, k_codes_strides, v_codes_strides, scales_strides, kept_strides, mask_strides, angle_strides,
+    T: tl.constexpr, HAS_SECTIONS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK_ROWS: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr, IS_ONE_TILE: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, HAS_PDL: tl.constexpr,
+):  # fmt: skip
+    announce(HAS_PDL)
+    place = locate_rows(T, H_k, GROUP, BLOCK_M)
+    batch, k_head, first_row, _ = place
+    columns = tl.arange(0, D)
+    partners = (columns + D // 2) % D
+    q_weight = load_weight(Q_weight_ptr, columns, partners, D)
+    k_weight = load_weight(K_weight_ptr, columns, partners, D)
+    K_codes_ptr += batch * k_codes_strides[0] + k_head * k_codes_strides[1]
+    V_codes_ptr += batch * v_codes_strides[0] + k_head * v_codes_strides[1]
+    K_scales_ptr = Scales_ptr + batch * scales_strides[1] + k_head * scales_strides[2]
+    V_scales_ptr = K_scales_ptr + scales_strides[0]
+    K_kept_ptr = Kept_ptr + batch * kept_strides[1] + k_head * kept_strides[2]
+    V_kept_ptr = K_kept_ptr + kept_strides[0]
+    wait_for_inputs(HAS_PDL)
+
+    row, in_cache = cache_row(Position_ptr, 0, 0, S)
+    start = tl.load(Start_ptr + batch * stride_start)
+    q_heads = ()
+    for m in tl.static_range(BLOCK_M):
+        q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), is_row(place, m, GROUP), columns, partners),)
+    offset = batch * angle_strides[1]
+    angles = load_angles(Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+    key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
+    value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
+    live_bits = look_ahead(0, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+
+    q_rows, q_codes = (), ()
+    for m in tl.static_range(BLOCK_M):
+        q = norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E)
+        q_rows = q_rows + (q,)
+        q_codes = q_codes + (rotated(q, K_BITS),)
+    states = attend_kept(
+        no_keys_yet(BLOCK_M, D), q_rows, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
+        GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW,
+    )  # fmt: skip
+    n_refused = 0
+    # The last split has the fewest tiles to read.
+    if Max_ptr is None or tl.program_id(1) == tl.num_programs(1) - 1:
+        k = norm_rotate(key, k_weight, k_eps, angles, D)
+        if first_row == 0:
+            n_refused = write_vector(
+                k, K_codes_ptr + row * k_codes_strides[2], K_scales_ptr + row * scales_strides[3], K_kept_ptr, kept_strides[3],
+                row, start, in_cache, D, K_BITS, True, SINKS, WINDOW,
+            )  # fmt: skip
+            n_refused += write_vector(
+                value, V_codes_ptr + row * v_codes_strides[2], V_scales_ptr + row * scales_strides[3], V_kept_ptr, kept_strides[3],
+                row, start, in_cache, D, V_BITS, False, SINKS, WINDOW,
+            )  # fmt: skip
+        biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
+        states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
+    code_states = attend_codes(
+        no_keys_yet(BLOCK_M, D), q_codes, live_bits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
+        k_codes_strides[2], v_codes_strides[2], scales_strides[3], Pairs_ptr, Mask_ptr, mask_strides, place, S, row, start,
+        GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR, K_BITS, V_BITS, SINKS, WINDOW,
+    )  # fmt: skip
+    store_rows(joined(code_states, states, V_BITS), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+    assert_in_cache(in_cache)
+    tl.device_assert(n_refused == 0, "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
+
+
+def qk_norm_rope_quantized_attention_triton(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
+    k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
+    pairs: torch.Tensor, sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Launch the kernels of :func:`qk_norm_rope_quantized_attention`; see :func:`plan_launch` for what overrides its choices."""
+    out = decode_attention_fake(q)
+    if out.numel() == 0:
+        return out
+    q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
+    mask = expand_mask(mask, q, k_codes.shape[2])
+    angles = as_angles(cos, sin, sections, interleaved)
+    parsed = Format.parse(format)
+    grid, options = plan_launch(q, k_codes, mask, n_splits, block_n, num_warps, block_m)
+    partials = Partials.empty(out, grid[1])
+    _qk_norm_rope_quantized_attention_kernel[grid](
+        q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start,
+        pairs, mask, *partials, k.shape[1], k_codes.shape[2], q_eps, k_eps, scale, start.stride(0),
+        q.stride(), k.stride(), v.stride(), k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), mask_strides(mask),
+        (angles.stride_axis, angles.stride_batch, angles.stride_token), **angles.constants, **options,
+        K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks, debug=True, sanitize_overflow=False,
+    )  # fmt: skip
+    return partials.combine(out)
+
+
+def qk_norm_rope_quantized_attention_fake(q: torch.Tensor, *_: object) -> torch.Tensor:
+    """Allocate the result of :func:`qk_norm_rope_quantized_attention`."""
+    return decode_attention_fake(q)
+
+
+define_op(
+    "qk_norm_rope_quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float q_eps, float k_eps, "
+    "Tensor cos, Tensor sin, int[] sections, bool interleaved, "
+    "Tensor(a!) k_codes, Tensor(b!) v_codes, Tensor(c!) scales, Tensor(d!) kept, Tensor position, Tensor start, Tensor pairs, "
+    "int sinks, str format, Tensor? mask, float scale) -> Tensor",
+    check=check_qk_norm_rope_quantized_attention,
+    cuda=qk_norm_rope_quantized_attention_triton,
+    cpu=qk_norm_rope_quantized_attention_reference,
+    fake=qk_norm_rope_quantized_attention_fake,
+)
