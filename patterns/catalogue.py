@@ -14,6 +14,7 @@ from qtts_compile.patterns.fuse import (
     norm_swiglu,
     qk_norm_rope_attention,
     qk_norm_rope_kv_write,
+    qk_norm_rope_quantized_attention,
     rotary_qk,
 )
 from qtts_compile.patterns.lift import attention, kv_write, rms_norm, rotary, swiglu
@@ -31,6 +32,7 @@ LIFT = (
 FUSE = (
     qk_norm_rope_kv_write,
     qk_norm_rope_attention,
+    qk_norm_rope_quantized_attention,
     norm_swiglu,
     linear_add,
     embedding_linear,
@@ -51,6 +53,7 @@ OPS = {
     "attention": "decode_attention",
     "qk_norm_rope_kv_write": "qk_norm_rope_kv_write",
     "qk_norm_rope_attention": "qk_norm_rope_attention",
+    "qk_norm_rope_quantized_attention": "qk_norm_rope_quantized_attention",
     "norm_linears": "norm_linears",
     "norm_swiglu": "norm_swiglu",
     "linear_add": "linear_add",

@@ -1,6 +1,7 @@
 """Tiles of a quantised KV cache as levels of its codebooks, for kernels to use."""
 
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
 # Triton's stubs do not know its static loops and tuples.
 
 import triton

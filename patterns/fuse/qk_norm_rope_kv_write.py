@@ -14,26 +14,17 @@ The anchor is the attention that reads both caches: keys and values of different
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
 
 import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from qtts_compile.patterns.graph import insert, insert_mutating, is_call_of, keywords, operands, overload, value
+from qtts_compile.patterns.graph import insert_mutating, keywords, operands, overload
+from qtts_compile.patterns.heads import heads_first, normed
 from qtts_compile.patterns.scope import Scope
 
 NAME = "qk_norm_rope_kv_write"
 NO_EPS = 0.0
-
-
-class Normed(NamedTuple):
-    """The input of a per-head norm ``[B, H, T, D]`` with its weight and eps, both None where the model has no such norm."""
-
-    x: fx.Node
-    weight: fx.Node | None
-    eps: fx.Node | float | None
-    transposed: bool
 
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
@@ -60,7 +51,7 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
         return "keys and values are written at different positions"
     if len(k_rope.users) > 1:
         return "the rotated keys are read elsewhere"
-    q, k = _normed(q_rope.args[0]), _normed(k_rope.args[0])
+    q, k = normed(q_rope.args[0]), normed(k_rope.args[0])
     eps = [n.eps for n in (q, k) if n.eps is not None] or [NO_EPS]
     if isinstance(eps[0], fx.Node) is not isinstance(eps[-1], fx.Node):
         return "one eps is a number, the other a graph input"
@@ -69,8 +60,8 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
         return "a result is read before both caches are written"
     cos, sin, sections, interleaved = operands(q_rope)[1:]
     arguments = dict(
-        q=_heads_first(graph, point, q),
-        k=_heads_first(graph, point, k),
+        q=heads_first(graph, point, q),
+        k=heads_first(graph, point, k),
         v=v_args["src"],
         q_weight=q.weight,
         k_weight=k.weight,
@@ -97,16 +88,3 @@ def _write_of(cache: fx.Node) -> fx.Node | None:
     call = operands(cache)[0]
     is_write = call.target is auto_functionalized and call.args[0] is torch.ops.qtts.kv_write.default
     return call if is_write else None
-
-
-def _normed(x: fx.Node) -> Normed:
-    """Look through ``norm(x).transpose(1, 2)``; anything else is taken as it is."""
-    if x.target is torch.ops.aten.permute.default and list(operands(x)[1]) == [0, 2, 1, 3]:
-        norm = operands(x)[0]
-        if is_call_of(norm, "rms_norm") and value(norm.args[0]).dtype == value(norm).dtype:
-            return Normed(*norm.args, transposed=True)
-    return Normed(x, None, None, False)
-
-
-def _heads_first(graph: fx.Graph, point: fx.Node, normed: Normed) -> fx.Node:
-    return insert(graph, point, torch.ops.aten.permute.default, normed.x, [0, 2, 1, 3]) if normed.transposed else normed.x

@@ -13,9 +13,9 @@ from test_decode_attention import MASKS, make_mask, softmax_attention
 from test_qk_norm_rope_kv_write import oracle
 
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention
+from qtts_compile.kernels.qk_norm_rope_quantized_attention import qk_norm_rope_quantized_attention, qk_norm_rope_quantized_attention_triton
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import rotary_reference
-from qtts_compile.kernels.turboquant.attention import qk_norm_rope_quantized_attention, qk_norm_rope_quantized_attention_triton
 from qtts_compile.kernels.turboquant.codebook import codebook
 from qtts_compile.kernels.turboquant.codec import dequantize, quantize, unpack
 from qtts_compile.kernels.turboquant.format import E4M3_BITS, Format
