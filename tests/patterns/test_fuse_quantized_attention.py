@@ -1,5 +1,8 @@
 """Attention over a quantised cache: what is joined into one kernel, and what is left as separate operators."""
 
+# pyright: reportCallIssue=false, reportArgumentType=false
+# Arguments are cut from lists, whose lengths pyright takes for unknown.
+
 import pytest
 import torch
 from rewriting import count, kernels, rewritten
