@@ -33,7 +33,7 @@ from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_atten
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, rotary_reference
 from qtts_compile.kernels.rows import with_unit_stride
-from qtts_compile.kernels.turboquant.attend import attend_codes, attend_kept, joined, rotated, write_vector
+from qtts_compile.kernels.turboquant.attend import COLUMNS, attend_codes, attend_kept, joined, rotated, write_vector
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers
 from qtts_compile.kernels.turboquant.pairs import check_pairs
@@ -123,7 +123,8 @@ def _qk_norm_rope_quantized_attention_kernel(
     T: tl.constexpr, HAS_SECTIONS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK_ROWS: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, HAS_PDL: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, IS_TOGETHER: tl.constexpr,
+    HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     place = locate_rows(T, H_k, GROUP, BLOCK_M)
@@ -176,9 +177,9 @@ def _qk_norm_rope_quantized_attention_kernel(
         biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
         states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
     code_states = attend_codes(
-        no_keys_yet(BLOCK_M, D), q_codes, live_bits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
+        q_codes, live_bits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
         k_codes_strides[2], v_codes_strides[2], scales_strides[3], Pairs_ptr, Mask_ptr, mask_strides, place, S, row, start,
-        GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR, K_BITS, V_BITS, SINKS, WINDOW,
+        GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR, K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty if IS_TOGETHER else None,
     )  # fmt: skip
     store_rows(joined(code_states, states, V_BITS), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
     assert_in_cache(in_cache)
@@ -191,8 +192,13 @@ def qk_norm_rope_quantized_attention_triton(
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
     pairs: torch.Tensor, sinks: int, format: str, mask: torch.Tensor | None, scale: float,
     n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None,
+    together: bool | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Launch the kernels of :func:`qk_norm_rope_quantized_attention`; see :func:`plan_launch` for what overrides its choices."""
+    """Launch the kernels of :func:`qk_norm_rope_quantized_attention`; see :func:`plan_launch` for what overrides its choices.
+
+    ``together`` sends the rows of a program to the tensor cores, which round queries and weights to their dtype. It takes half precision, 8 rows
+    at most and a mask that is the same for all heads; where that does not hold it is a ``ValueError``.
+    """
     out = decode_attention_fake(q)
     if out.numel() == 0:
         return out
@@ -201,13 +207,17 @@ def qk_norm_rope_quantized_attention_triton(
     angles = as_angles(cos, sin, sections, interleaved)
     parsed = Format.parse(format)
     grid, options = plan_launch(q, k_codes, mask, n_splits, block_n, num_warps, block_m)
+    can_be_together = q.dtype != torch.float32 and options["MASK_ROWS"] == 1 and options["BLOCK_M"] <= COLUMNS.value
+    if together and not can_be_together:
+        raise ValueError(f"together takes half precision, at most 8 rows and one mask for all heads, got {q.dtype}, {options}")
     partials = Partials.empty(out, grid[1])
     _qk_norm_rope_quantized_attention_kernel[grid](
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start,
         pairs, mask, *partials, k.shape[1], k_codes.shape[2], q_eps, k_eps, scale, start.stride(0),
         q.stride(), k.stride(), v.stride(), k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), mask_strides(mask),
         (angles.stride_axis, angles.stride_batch, angles.stride_token), **angles.constants, **options,
-        K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks, debug=True, sanitize_overflow=False,
+        K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks,
+        IS_TOGETHER=bool(together), debug=True, sanitize_overflow=False,
     )  # fmt: skip
     return partials.combine(out)
 

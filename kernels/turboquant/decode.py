@@ -14,8 +14,9 @@ from qtts_compile.kernels.turboquant.pairs import THREE_BITS, look_up
 def load_parts(Codes_ptr, mask, Pairs_ptr, D: tl.constexpr, BITS: tl.constexpr):
     """Load the codes at the row pointers ``Codes_ptr`` ``[N, 1]`` where ``mask`` ``[N, 1]``; return what each coordinate is in units of its scale.
 
-    The result is a tuple of equal parts of D, float32 ``[N, D / len]``, so that nothing is interleaved: halves for 4 bits, quarters for 3,
-    the whole for 8. With 3 and 4 bits they are coordinates of the rotated vector. A row that is not loaded holds some finite values.
+    The result is a tuple of equal parts of D, ``[N, D / len]``, which bfloat16 holds exactly, so that nothing is interleaved: halves for 4
+    bits, quarters for 3, the whole for 8. With 3 and 4 bits they are coordinates of the rotated vector. A row that is not loaded holds some
+    finite values.
     """
     parts = ()
     if BITS == 8:

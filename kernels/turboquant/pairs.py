@@ -38,6 +38,6 @@ def check_pairs(pairs: torch.Tensor, name: str, reference: torch.Tensor) -> None
 
 @triton.jit
 def look_up(Pairs_ptr, codes):
-    """Return the levels, float32, of the lower and of the higher of the codes that each entry of ``codes`` holds."""
+    """Return the levels, bfloat16, of the lower and of the higher of the codes that each entry of ``codes`` holds."""
     pair = tl.load(Pairs_ptr + codes)
-    return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    return pair.to(tl.int16).to(tl.bfloat16, bitcast=True), (pair >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

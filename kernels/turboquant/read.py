@@ -67,7 +67,7 @@ def _read_vectors(
     """Decode the slots whose codes and scales are at the pointers ``[N, 1]``, and store them at ``Out_ptr`` ``[N, 1]``."""
     columns = tl.arange(0, D)[None, :]
     scale = tl.load(Scales_ptr, mask=in_bounds, other=0.0).to(tl.float32)
-    x = join_parts(load_parts(Codes_ptr, in_bounds, Pairs_ptr, D, BITS)) * scale
+    x = join_parts(load_parts(Codes_ptr, in_bounds, Pairs_ptr, D, BITS)).to(tl.float32) * scale
     if BITS < 8:
         x = unrotate_rows(x)
     x = x.to(Out_ptr.dtype.element_ty)

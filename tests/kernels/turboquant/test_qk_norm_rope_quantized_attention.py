@@ -112,28 +112,36 @@ def check(arguments, **launch):
     st.integers(-70, 69), st.sampled_from(VARIANTS), dtypes, st.integers(0, 3), st.integers(1, 20),
     st.lists(st.integers(0, 9), min_size=3, max_size=3), st.sampled_from(MASKS), layouts,
     st.sampled_from(["contiguous", "transposed", "sliced"]), st.booleans(), st.booleans(),
-    st.sampled_from([None, 1, 2, 5]), st.sampled_from([None, 1, 2]), seeds,
+    st.sampled_from([None, 1, 2, 5]), st.sampled_from([None, 1, 2]), st.booleans(), seeds,
 )  # fmt: skip
 def test_kernel_is_as_accurate_as_eager(
     device, format, batch, heads, slots, position, variant, dtype, sinks, window, starts, mask_kind, layout, cache_layout, q_norm, k_norm, n_splits,
-    block_m, seed,
+    block_m, together, seed,
 ):  # fmt: skip
     position = max(-slots, min(position, slots - 1))
     arguments = make_arguments(
         seed, format, batch, heads, slots, position, variant, dtype, device, sinks, window, starts, mask_kind, dtype, layout, cache_layout,
         q_norm, k_norm,
     )  # fmt: skip
-    check(arguments, n_splits=n_splits, block_m=block_m)
+    can_be_together = dtype != torch.float32 and mask_kind != "per_head"
+    check(arguments, n_splits=n_splits, block_m=block_m, together=together and can_be_together)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("n_splits", [1, 3, 64])
 @pytest.mark.parametrize("kind", ["none", "left_padded", "additive"])
-def test_long_cache(device, format, kind, n_splits):
+@pytest.mark.parametrize("together", [False, True])
+def test_long_cache(device, format, kind, n_splits, together):
     arguments = make_arguments(
         0, format, 1, (4, 2), 1000, 700, (64, [], False), torch.bfloat16, device, 4, 64, mask_kind=kind, mask_dtype=torch.bfloat16
     )  # fmt: skip
-    check(arguments, n_splits=n_splits)
+    check(arguments, n_splits=n_splits, together=together)
+
+
+def test_what_does_not_go_together_is_refused(device):
+    arguments = make_arguments(0, "int4", 1, (4, 2), 33, 20, (64, [], False), torch.float32, device)
+    with pytest.raises(ValueError, match="together takes half precision, at most 8 rows and one mask for all heads, got torch.float32"):
+        qk_norm_rope_quantized_attention_triton(*arguments, together=True)
 
 
 def test_a_window_as_large_as_the_cache_gives_dense_attention(device):
