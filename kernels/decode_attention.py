@@ -119,7 +119,7 @@ def _decode_attention_kernel(
         v = load_tile(V_ptr, v_strides[2], keys, keys < S, D, BLOCK_D)
         states = attend(states, q_rows, k, tl.where(is_attended(biases)[:, None], v, 0.0), biases)
     else:
-        live_bits = look_ahead(0, Mask_ptr, mask_strides, place, S, (), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        live_bits = look_ahead(0, tl.num_programs(1), Mask_ptr, mask_strides, place, S, (), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
         states = attend_cache(
             states, q_rows, live_bits, K_ptr, V_ptr, k_strides[2], v_strides[2], Mask_ptr, mask_strides, place, S, (),
             GROUP, D, MASK_ROWS, BLOCK_N, BLOCK_D, N_LOOKS, LOOK_AHEAD, FLOOR,

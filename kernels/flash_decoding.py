@@ -139,13 +139,13 @@ def is_old_key(keys, S, skipped):
 
 @triton.jit
 def look_ahead(
-    look, Mask_ptr, mask_strides, place, S, skipped,
+    look, n_splits, Mask_ptr, mask_strides, place, S, skipped,
     GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """Return a bit for each of the next ``LOOK_AHEAD`` tiles of this split: whether a row attends to one of its keys."""
+    """Return a bit for each of the next ``LOOK_AHEAD`` tiles of this one of ``n_splits``: whether a row attends to one of its keys."""
     # One look at the mask of several tiles costs one memory latency instead of one per excluded tile.
     ahead = tl.arange(0, LOOK_AHEAD)
-    tiles = tl.program_id(1) + (look * LOOK_AHEAD + ahead) * tl.num_programs(1)
+    tiles = tl.program_id(1) + (look * LOOK_AHEAD + ahead) * n_splits
     keys = tiles.to(tl.int64)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, MASK_ROWS, FLOOR)
     return tl.sum(tl.max(is_attended(biases).to(tl.int32), axis=1) << ahead, axis=0)
@@ -165,7 +165,9 @@ def attend_cache(
     for look in range(N_LOOKS):
         next_bits = 0
         if N_LOOKS > 1:
-            next_bits = look_ahead(look + 1, Mask_ptr, mask_strides, place, S, skipped, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+            next_bits = look_ahead(
+                look + 1, tl.num_programs(1), Mask_ptr, mask_strides, place, S, skipped, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR
+            )
         for i in range(LOOK_AHEAD):
             if (live_bits >> i) & 1:
                 tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * tl.num_programs(1)

@@ -142,7 +142,7 @@ def _qk_norm_rope_attention_kernel(
     if IS_ONE_TILE:
         biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
     else:
-        live_bits = look_ahead(0, Mask_ptr, mask_strides, place, S, rows, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        live_bits = look_ahead(0, tl.num_programs(1), Mask_ptr, mask_strides, place, S, rows, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
 
     q_rows = ()
     for m in tl.static_range(BLOCK_M):

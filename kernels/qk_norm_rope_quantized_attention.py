@@ -1,4 +1,4 @@
-"""A decode step over a quantised KV cache in one launch, or two for long caches: per-head RMSNorm, rotary embedding, quantisation, attention.
+"""A decode step over a quantised KV cache in two launches: per-head RMSNorm, rotary embedding, quantisation, attention.
 
 Keys and values stay packed: the query is rotated as they were (arXiv 2504.19874), the sum of values is rotated back at the end.
 """
@@ -19,12 +19,10 @@ from qtts_compile.kernels.flash_decoding import (
     is_row,
     load_biases,
     locate_rows,
-    look_ahead,
-    no_keys_yet,
     row_offset,
     store_rows,
 )
-from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, mask_strides, plan_launch
+from qtts_compile.kernels.flash_decoding_launch import MAX_SPLITS, Partials, expand_mask, mask_strides, plan_launch
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_rotate import load_angles, load_head, load_weight, norm_rotate
@@ -33,12 +31,14 @@ from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_atten
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, rotary_reference
 from qtts_compile.kernels.rows import with_unit_stride
-from qtts_compile.kernels.turboquant.attend import COLUMNS, attend_codes, attend_kept, joined, rotated, write_vector
+from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, rotated, unrotated, write_vector
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers
 from qtts_compile.kernels.turboquant.pairs import check_pairs
 from qtts_compile.kernels.turboquant.read import quantized_kv_read_reference
 from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference
+
+MAX_PARTS = 8  # programs for the kept tokens of a head
 
 
 def qk_norm_rope_quantized_attention(
@@ -123,8 +123,8 @@ def _qk_norm_rope_quantized_attention_kernel(
     T: tl.constexpr, HAS_SECTIONS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK_ROWS: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr, IS_ONE_TILE: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, IS_TOGETHER: tl.constexpr,
-    HAS_PDL: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    N_PARTS: tl.constexpr, IS_TOGETHER: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     place = locate_rows(T, H_k, GROUP, BLOCK_M)
@@ -148,42 +148,48 @@ def _qk_norm_rope_quantized_attention_kernel(
         q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), is_row(place, m, GROUP), columns, partners),)
     offset = batch * angle_strides[1]
     angles = load_angles(Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
-    key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-    value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
-    live_bits = look_ahead(0, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
-
-    q_rows, q_codes = (), ()
+    q_rows = ()
     for m in tl.static_range(BLOCK_M):
-        q = norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E)
-        q_rows = q_rows + (q,)
-        q_codes = q_codes + (rotated(q, K_BITS),)
-    states = attend_kept(
-        no_keys_yet(BLOCK_M, D), q_rows, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
-        GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW,
-    )  # fmt: skip
-    n_refused = 0
-    # The last split has the fewest tiles to read.
-    if Max_ptr is None or tl.program_id(1) == tl.num_programs(1) - 1:
-        k = norm_rotate(key, k_weight, k_eps, angles, D)
-        if first_row == 0:
-            n_refused = write_vector(
-                k, K_codes_ptr + row * k_codes_strides[2], K_scales_ptr + row * scales_strides[3], K_kept_ptr, kept_strides[3],
-                row, start, in_cache, D, K_BITS, True, SINKS, WINDOW,
+        q_rows = q_rows + (norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E),)
+
+    # Codes, kept tokens and the write each have programs of their own: in one, its single warp would go through three times the code.
+    n_splits = tl.num_programs(1) - N_PARTS - 2
+    part = tl.program_id(1) - n_splits
+    if part < 0:
+        q_codes = ()
+        for m in tl.static_range(BLOCK_M):
+            q_codes = q_codes + (rotated(q_rows[m], K_BITS),)
+        states = attend_codes(
+            q_codes, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_codes_strides[2], v_codes_strides[2], scales_strides[3],
+            Pairs_ptr, Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR,
+            K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty if IS_TOGETHER else None,
+        )  # fmt: skip
+        store_rows(unrotated(states, V_BITS), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+    elif part < N_PARTS:
+        states = attend_kept(
+            q_rows, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
+            GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
+        )  # fmt: skip
+        if part == N_PARTS - 1:  # which has the fewest kept tokens
+            key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
+            value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
+            biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
+            k = norm_rotate(key, k_weight, k_eps, angles, D)
+            states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
+        store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+    elif first_row == 0:
+        if part == N_PARTS:
+            key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
+            write_vector(
+                norm_rotate(key, k_weight, k_eps, angles, D), K_codes_ptr + row * k_codes_strides[2], K_scales_ptr + row * scales_strides[3],
+                K_kept_ptr, kept_strides[3], row, start, in_cache, D, K_BITS, True, SINKS, WINDOW,
             )  # fmt: skip
-            n_refused += write_vector(
-                value, V_codes_ptr + row * v_codes_strides[2], V_scales_ptr + row * scales_strides[3], V_kept_ptr, kept_strides[3],
-                row, start, in_cache, D, V_BITS, False, SINKS, WINDOW,
+        else:
+            write_vector(
+                tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns), V_codes_ptr + row * v_codes_strides[2],
+                V_scales_ptr + row * scales_strides[3], V_kept_ptr, kept_strides[3], row, start, in_cache, D, V_BITS, False, SINKS, WINDOW,
             )  # fmt: skip
-        biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
-        states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
-    code_states = attend_codes(
-        q_codes, live_bits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
-        k_codes_strides[2], v_codes_strides[2], scales_strides[3], Pairs_ptr, Mask_ptr, mask_strides, place, S, row, start,
-        GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR, K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty if IS_TOGETHER else None,
-    )  # fmt: skip
-    store_rows(joined(code_states, states, V_BITS), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
     assert_in_cache(in_cache)
-    tl.device_assert(n_refused == 0, "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
 
 
 def qk_norm_rope_quantized_attention_triton(
@@ -206,18 +212,21 @@ def qk_norm_rope_quantized_attention_triton(
     mask = expand_mask(mask, q, k_codes.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
     parsed = Format.parse(format)
+    n_parts = min(MAX_PARTS, triton.cdiv(kept.shape[3], KEPT_TILE.value))
     grid, options = plan_launch(q, k_codes, mask, n_splits, block_n, num_warps, block_m)
+    if n_splits is None and grid[1] + n_parts > MAX_SPLITS:
+        grid, options = plan_launch(q, k_codes, mask, MAX_SPLITS - n_parts, block_n, num_warps, block_m)
     can_be_together = q.dtype != torch.float32 and options["MASK_ROWS"] == 1 and options["BLOCK_M"] <= COLUMNS.value
     if together and not can_be_together:
         raise ValueError(f"together takes half precision, at most 8 rows and one mask for all heads, got {q.dtype}, {options}")
-    partials = Partials.empty(out, grid[1])
-    _qk_norm_rope_quantized_attention_kernel[grid](
+    partials = Partials.empty(out, grid[1] + n_parts)
+    _qk_norm_rope_quantized_attention_kernel[grid[0], grid[1] + n_parts + 2](
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start,
         pairs, mask, *partials, k.shape[1], k_codes.shape[2], q_eps, k_eps, scale, start.stride(0),
         q.stride(), k.stride(), v.stride(), k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), mask_strides(mask),
         (angles.stride_axis, angles.stride_batch, angles.stride_token), **angles.constants, **options,
         K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks,
-        IS_TOGETHER=bool(together), debug=True, sanitize_overflow=False,
+        N_PARTS=n_parts, IS_TOGETHER=bool(together), debug=True, sanitize_overflow=False,
     )  # fmt: skip
     return partials.combine(out)
 

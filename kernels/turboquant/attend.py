@@ -41,12 +41,12 @@ def load_codes(
 
 @triton.jit
 def attend_codes(
-    q_rows, live_bits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Pairs_ptr,
+    q_rows, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Pairs_ptr,
     Mask_ptr, mask_strides, place, S, row, start,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr,
     FLOOR: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return the states of rotated queries after what is only there as codes, of this split's tiles of one head.
+    """Return the states of rotated queries after what is only there as codes, in this one's tiles of ``n_splits`` programs of one head.
 
     With a half-precision ``DTYPE`` queries and weights are rounded to it, and all rows, which then share their biases, go to the tensor cores
     at once; with None nothing is rounded.
@@ -56,13 +56,14 @@ def attend_codes(
     q_columns = tl.zeros([D, COLUMNS], tl.float32)
     for m in tl.static_range(len(q_rows)):
         q_columns = tl.where((tl.arange(0, COLUMNS) == m)[None, :], q_rows[m][:, None], q_columns)
+    live_bits = look_ahead(0, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
     for look in range(N_LOOKS):
         next_bits = 0
         if N_LOOKS > 1:
-            next_bits = look_ahead(look + 1, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+            next_bits = look_ahead(look + 1, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
         for i in range(LOOK_AHEAD):
             if (live_bits >> i) & 1:
-                tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * tl.num_programs(1)
+                tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * n_splits
                 k, v, biases, k_scale, v_scale = load_codes(
                     tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Pairs_ptr,
                     Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, FLOOR, K_BITS, V_BITS, SINKS, WINDOW,
@@ -120,11 +121,13 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def attend_kept(
-    states, q_rows, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start,
+    q_rows, part, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    N_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Add this split's share of the sinks and recent tokens, but for the new one, to the states of the queries."""
-    for tile in range(tl.program_id(1), (SINKS + WINDOW + KEPT_TILE - 1) // KEPT_TILE, tl.num_programs(1)):
+    """Return the states of queries after one of ``N_PARTS`` parts of the sinks and recent tokens, the new one excepted."""
+    states = no_keys_yet(len(q_rows), D)
+    for tile in range(part, (SINKS + WINDOW + KEPT_TILE - 1) // KEPT_TILE, N_PARTS):
         rows = (tl.arange(0, KEPT_TILE) + tile * KEPT_TILE).to(tl.int64)
         age = (row % WINDOW - (rows - SINKS) + WINDOW) % WINDOW
         slots = tl.where(rows < SINKS, start + rows, row - age)
@@ -143,7 +146,7 @@ def write_vector(
     x, Codes_ptr, Scale_ptr, Kept_ptr, kept_stride, row, start, is_writer,
     D: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Store the new key or value ``[D]``: its codes and its scale, which is returned, and ``x`` itself."""
+    """Store the new key or value ``[D]``: its codes, its scale, and ``x`` itself."""
     columns = tl.arange(0, D)
     is_sink, _ = find_kept(row, row, start, SINKS, WINDOW)
     tl.store(Kept_ptr + (SINKS + row % WINDOW) * kept_stride + columns, x, mask=is_writer)
@@ -152,7 +155,7 @@ def write_vector(
     one = tl.zeros([1, 1], tl.int32)
     store_codes(Codes_ptr + one, codes, is_writer & (one == 0), BITS)
     tl.store(Scale_ptr + one, scale.to(tl.float16), mask=is_writer & (one == 0))
-    return tl.max(tl.where(is_storable(scale), 0, 1))
+    tl.device_assert(is_storable(scale), "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
 
 
 @triton.jit
@@ -164,16 +167,12 @@ def rotated(x, BITS: tl.constexpr):
 
 
 @triton.jit
-def joined(code_states, raw_states, V_BITS: tl.constexpr):
-    """Join the states over codes, whose sums of values are rotated, with those over vectors as they are."""
-    states = ()
-    for m in tl.static_range(len(raw_states)):
-        code_max, code_sum, code_out = code_states[m]
-        raw_max, raw_sum, raw_out = raw_states[m]
-        if V_BITS < 8:
-            code_out = tl.reshape(unrotate_rows(code_out[None, :]), [code_out.shape[0]])
-        row_max = tl.maximum(code_max, raw_max)
-        origin = tl.where(row_max == float("-inf"), 0.0, row_max)
-        of_codes, of_raw = tl.exp2(code_max - origin), tl.exp2(raw_max - origin)
-        states = states + ((row_max, code_sum * of_codes + raw_sum * of_raw, code_out * of_codes + raw_out * of_raw),)
-    return states
+def unrotated(states, BITS: tl.constexpr):
+    """Rotate the sums of values in states back."""
+    rows = ()
+    for m in tl.static_range(len(states)):
+        row_max, row_sum, out = states[m]
+        if BITS < 8:
+            out = tl.reshape(unrotate_rows(out[None, :]), [out.shape[0]])
+        rows = rows + ((row_max, row_sum, out),)
+    return rows

@@ -62,6 +62,5 @@ def from_e4m3(codes):
 @triton.jit
 def _load_bytes(Codes_ptr, mask, columns):
     # Half a warp for a row, as of keys in half precision: with 16 bytes for each lane, a sum over rows would go through too many lanes.
-    LANE: tl.constexpr = max(1, columns.shape[0] // 16)
-    pointers = tl.multiple_of(tl.max_contiguous(Codes_ptr + columns[None, :], [1, LANE]), [1, LANE])
+    pointers = tl.max_contiguous(Codes_ptr + columns[None, :], [1, max(1, columns.shape[0] // 16)])
     return tl.load(pointers, mask=mask, other=0).to(tl.int32)
