@@ -1,5 +1,6 @@
 """A torch.compile backend for Qwen3-TTS and the models built on it."""
 
+import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -10,18 +11,23 @@ from qtts_compile.rewriter import NotRewritten
 from qtts_compile.stacks import compile, find_stacks
 
 if TYPE_CHECKING:
+    from qtts_compile.transformers_cache import TurboQuantCache
     from qtts_compile.tts import TTS
+    from qtts_compile.turboquant_cache import Protect
 
-__all__ = ["TTS", "NotRewritten", "Options", "Report", "collect", "compile", "explain", "find_stacks"]
+__all__ = ["TTS", "NotRewritten", "Options", "Protect", "Report", "TurboQuantCache", "collect", "compile", "explain", "find_stacks"]
 __version__ = "0.1.0"
+_LATE = {
+    "TTS": "qtts_compile.tts",
+    "Protect": "qtts_compile.turboquant_cache",
+    "TurboQuantCache": "qtts_compile.transformers_cache",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import :class:`TTS` when it is first used: the backend needs neither it nor transformers."""
-    if name == "TTS":
-        from qtts_compile.tts import TTS
-
-        return TTS
+    """Import what needs transformers when it is first used: the backend needs neither."""
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

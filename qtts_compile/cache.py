@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,36 +20,76 @@ class StaticKVCache(nn.Module):
 
     The buffers keep their addresses, so that CUDA graphs may write into them. The cache itself is handed to a model as one of two views:
     :meth:`prompt` for the tokens of a prompt and :meth:`step` for what follows.
+
+    Args:
+        config: of the stack.
+        batch: its rows.
+        slots: tokens that a row has room for, left padding among them.
+        dtype: of keys and values.
+        device: of the buffers.
+        dense: the layers that are held so; by default all.
+
+    Attributes:
+        layers: the stack's layers.
+        quantized_layers: those that are not held so.
     """
 
-    def __init__(self, config: Any, batch: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    quantized_layers: tuple[int, ...] = ()
+
+    def __init__(self, config: Any, batch: int, slots: int, dtype: torch.dtype, device: torch.device, dense: Sequence[int] | None = None) -> None:
         super().__init__()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = batch, config.num_key_value_heads, slots, head_dim
-        self.layers = config.num_hidden_layers
-        for layer in range(self.layers):
+        self.shape = batch, config.num_key_value_heads, slots, head_dim
+        self.layers, self.dtype = config.num_hidden_layers, dtype
+        for layer in range(self.layers) if dense is None else dense:
             for name in ("keys", "values"):
-                add_buffer(self, f"{name}_{layer}", shape, dtype, device)
+                add_buffer(self, f"{name}_{layer}", self.shape, dtype, device)
 
-    def prompt(self, positions: Tensor) -> View:
-        """Return the view that writes a prompt's keys and values to the slots ``positions`` ``[T]`` and attends over the prompt alone."""
-        return View(self, positions, whole=False)
+    def prompt(self, positions: Tensor, last: Tensor | None = None) -> View:
+        """Return the view that writes a prompt's keys and values to the slots ``positions`` ``[T]`` and attends over the prompt alone.
+
+        Slots after ``last`` ``[1]`` are padding at the prompt's right; by default there is none.
+        """
+        return View(self, positions, positions[-1:] if last is None else last, whole=False)
 
     def step(self, positions: Tensor) -> View:
         """Return the view that writes to the slots ``positions`` ``[T]`` and attends over all slots; the caller's mask says which count."""
-        return View(self, positions, whole=True)
+        return View(self, positions, positions, whole=True)
+
+    def layer(self, index: int, view: View) -> Cache:
+        """Return what one layer sees of a view."""
+        keys, values = (self.get_buffer(f"{name}_{index}") for name in ("keys", "values"))
+        return LayerView(keys, values, view.positions, view.whole)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes that one more slot of a row would take in all layers."""
+        _, heads, _, head_dim = self.shape
+        return self.layers * heads * 2 * head_dim * self.dtype.itemsize
+
+    def quantized_tokens(self, tokens: int) -> int:
+        """Return how many of the ``tokens`` of a row, its padding not counted, attention reads from codes in a quantised layer."""
+        return 0
 
 
 class View(Cache):
-    """A cache at the slots ``positions`` ``[T]``, as a stack sees it; ``whole``: it attends over all slots, else over what it writes."""
+    """A cache at the slots ``positions`` ``[T]``, as a stack sees it.
 
-    def __init__(self, cache: StaticKVCache, positions: Tensor, whole: bool) -> None:  # Cache's own constructor would make layers of its own
-        self.cache, self.positions, self.whole = cache, positions, whole
+    Slots after ``last`` ``[1]`` do not count. ``whole``: it attends over all slots, else over what it writes.
+    """
 
-    def layer(self, index: int) -> LayerView:
+    # Cache's own constructor would make layers of its own.
+    def __init__(self, cache: StaticKVCache, positions: Tensor, last: Tensor, whole: bool) -> None:
+        self.cache, self.positions, self.last, self.whole = cache, positions, last, whole
+
+    def layer(self, index: int) -> Cache:
         """Return what one layer sees of it."""
-        keys, values = (self.cache.get_buffer(f"{name}_{index}") for name in ("keys", "values"))
-        return LayerView(keys, values, self.positions, self.whole)
+        return self.cache.layer(index, self)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self.layer(layer_idx).update(key_states, value_states, layer_idx)

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtts_compile.cache import StaticKVCache
 from qtts_compile.frame import Frame, Prompt, SpeechState
 from qtts_compile.launcher import Launcher
 from qtts_compile.regions import Stack
 from qtts_compile.sampling import Settings
+from qtts_compile.turboquant_cache import Protect, make_cache, warn_of
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 EndReason = Literal["end of speech", "max_new_tokens", "max_seq_len", "closed"]
@@ -54,13 +56,24 @@ class Engine:
         talker: a ``Qwen3TTSTalkerForConditionalGeneration``, or what is built like it.
         max_seq_len: slots of the static cache: prompt and frames together.
         launcher: compiles and runs; None runs without compiling.
+        kv_cache, protect: what the talker's cache holds (:func:`qtts_compile.turboquant_cache.make_cache`).
     """
 
-    def __init__(self, talker: Any, *, max_seq_len: int = 2048, launcher: Launcher | None = None) -> None:
+    def __init__(
+        self,
+        talker: Any,
+        *,
+        max_seq_len: int = 2048,
+        launcher: Launcher | None = None,
+        kv_cache: str = "bf16",
+        protect: Protect | None = None,
+    ) -> None:
         longest = talker.config.max_position_embeddings
         if not 32 <= max_seq_len <= longest:
             raise ValueError(f"max_seq_len={max_seq_len}: give 32 to {longest}, the positions this model knows")
-        self.talker, self.max_seq_len = talker, max_seq_len
+        nowhere, dtype = torch.zeros(1, dtype=torch.long, device="meta"), next(talker.parameters()).dtype
+        warn_of(make_cache(talker.config, 1, max_seq_len, dtype, nowhere, kv_cache, protect), stacklevel=3)
+        self.talker, self.max_seq_len, self.kv_cache, self.protect = talker, max_seq_len, kv_cache, protect
         self.launcher = launcher or Launcher(next(talker.parameters()).device)
         self._runners: dict[int, Runner] = {}
         self._stacks: tuple[Stack, Stack] | None = None
@@ -69,6 +82,11 @@ class Engine:
     def max_batch_size(self) -> int:
         """The most utterances that are spoken together."""
         return BATCH_SIZES[-1]
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of the talker's caches: one for each size of batch that was spoken."""
+        return sum(runner.state.cache.allocated_bytes for runner in self._runners.values())
 
     @torch.inference_mode()
     def start(self, inputs: PromptInputs, settings: Settings, seeds: Sequence[int]) -> Speech:
@@ -87,7 +105,8 @@ class Engine:
         batch = next(size for size in BATCH_SIZES if size >= rows)
         if batch not in self._runners:
             with torch.inference_mode(False):
-                self._runners[batch] = Runner(self.talker, SpeechState(self.talker, batch, self.max_seq_len), self._shared_stacks(), self.launcher)
+                state = SpeechState(self.talker, batch, self.max_seq_len, self.kv_cache, self.protect)
+                self._runners[batch] = Runner(self.talker, state, self._shared_stacks(), self.launcher)
         runner = self._runners[batch]
         inputs = inputs.padded_to(batch, min(padded_length(length), self.max_seq_len))
         runner.state.reset(settings, inputs.mask.argmax(1), torch.tensor([*seeds, *[0] * (batch - rows)]))
@@ -150,6 +169,17 @@ class Speech:
         """Why each row ended: "closed" if the iteration was left before."""
         otherwise: EndReason = self._limited_by if self.frames == self._limit else "closed"
         return [otherwise if end is None else "end of speech" for end in self._ends]
+
+    @property
+    def cache(self) -> StaticKVCache:
+        """The talker's cache."""
+        return self._state.cache
+
+    @property
+    def quantized_tokens(self) -> list[int]:
+        """Of each row, how many tokens of prompt and speech attention read from codes in its last frame (:meth:`StaticKVCache.quantized_tokens`)."""
+        prompts = self._inputs.mask.sum(1).tolist()
+        return [self.cache.quantized_tokens(prompt + frames) for prompt, frames in zip(prompts, self.lengths)]
 
     def __iter__(self) -> Iterator[int]:
         if None not in self._ends:

@@ -17,10 +17,11 @@ from qtts_compile.kernels.sample import sample
 from qtts_compile.launcher import mark_varying
 from qtts_compile.regions import Angles, Compile, Stack
 from qtts_compile.sampling import Settings
+from qtts_compile.turboquant_cache import Protect, make_cache
 
 
 class SpeechState(nn.Module):
-    """The device memory of ``batch`` utterances spoken together.
+    """The device memory of ``batch`` utterances spoken together, the talker's cache (:func:`make_cache`) among it.
 
     Buffers: ``text`` ``[B, 1, H]`` what the talker hears in the next frame; ``hidden`` ``[B, 1, H]`` its last hidden state; ``token`` ``[B, 1]``
     the code it chose last; ``codes`` ``[B, slots, groups]`` the frames so far; ``position`` ``[1]`` the next cache slot; ``frame`` ``[1]`` the
@@ -43,17 +44,17 @@ class SpeechState(nn.Module):
     controls: Tensor
     sub_controls: Tensor
 
-    def __init__(self, talker: Any, batch: int, slots: int) -> None:
+    def __init__(self, talker: Any, batch: int, slots: int, kv_cache: str = "bf16", protect: Protect | None = None) -> None:
         super().__init__()
         config, parameter = talker.config, next(talker.parameters())
         dtype, device = parameter.dtype, parameter.device
         self.batch, self.slots, self.groups, self.vocabulary = batch, slots, config.num_code_groups, config.vocab_size
-        self.cache = StaticKVCache(config, batch, slots, dtype, device)
         self.sub_cache = StaticKVCache(config.code_predictor_config, batch, self.groups, dtype, device)
         for name in ("text", "hidden"):
             add_buffer(self, name, (batch, 1, config.hidden_size), dtype, device)
         for name, shape in {"token": (batch, 1), "codes": (batch, slots, self.groups), "start": (batch,), "seed": (batch,)}.items():
             add_buffer(self, name, shape, torch.long, device)
+        self.cache = make_cache(config, batch, slots, dtype, self.start, kv_cache, protect)
         for name in ("position", "frame", "min_new_tokens"):
             add_buffer(self, name, (1,), torch.long, device)
         for name, rows in {"seen": batch, "suppressed": 1, "ending": 1}.items():
@@ -102,11 +103,12 @@ class Prompt(nn.Module):
     def forward(self, embeds: Tensor, length: Tensor) -> None:
         """Read ``embeds`` ``[B, T, H]``, of which the first ``length`` ``[1]`` int64 slots count; rows are padded at their left up to ``start``.
 
-        What lies beyond ``length`` pads the prompt to a size that is compiled already: no token sees it, and the frames overwrite it.
+        What lies beyond ``length`` pads the prompt to a size that is compiled already: no token sees it, the frames overwrite it, and a
+        quantised cache does not take it for the newest tokens.
         """
         mark_varying((embeds, 1))
         slots, mask, positions, angles = self._place(embeds)
-        hidden = self.stack(embeds, mask, positions, angles, self.state.cache.prompt(slots), varying=True)
+        hidden = self.stack(embeds, mask, positions, angles, self.state.cache.prompt(slots, length - 1), varying=True)
         mark_varying((hidden, 1))
         self._choose(hidden, length)
 

@@ -10,6 +10,7 @@ import torch
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 EXECUTORS = ("inductor", "eager")
+KV_CACHES = ("bf16", "int4", "int3", "k4v3", "fp8")  # of the talker; "bf16" is the dtype of its model
 
 
 @dataclass(frozen=True)

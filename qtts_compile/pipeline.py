@@ -21,6 +21,7 @@ from qtts_compile.launcher import Launcher
 from qtts_compile.options import MODES
 from qtts_compile.prompts import check_texts, read_call
 from qtts_compile.stats import Clock, Stats
+from qtts_compile.turboquant_cache import Protect
 
 RECORDING_RUNS = 2  # a CUDA graph's first run allocates, the second is recorded
 Chunks = Generator[tuple[np.ndarray, int], None, None]
@@ -38,6 +39,8 @@ class Pipeline:
         backend: str = "qtts",
         options: Mapping[str, Any] | None = None,
         chunk_frames: Sequence[int] = (1, 2, 4, 8),
+        kv_cache: str = "bf16",
+        protect: Protect | None = None,
     ) -> None:
         _check_model(model)
         if not chunk_frames or not all(type(frames) is int and frames > 0 for frames in chunk_frames):
@@ -47,7 +50,7 @@ class Pipeline:
         self.device = next(talker.parameters()).device
         self.mode = _mode(mode, options, self.device)
         launcher = Launcher(self.device, self.mode, backend, options)
-        self.engine = Engine(talker, max_seq_len=max_seq_len, launcher=launcher)
+        self.engine = Engine(talker, max_seq_len=max_seq_len, launcher=launcher, kv_cache=kv_cache, protect=protect)
         self.codec = Codec(model.model.speech_tokenizer.model, launcher=launcher)
         self.sample_rate: int = model.model.speech_tokenizer.get_output_sample_rate()
         self.stats: Stats | None = None
@@ -150,7 +153,7 @@ class Pipeline:
 
     def _finish(self, clock: Clock, speeches: list[Speech], seeds: list[int]) -> None:
         """Note what the call took, and warn of speech that was cut off."""
-        self.stats = stats = clock.stats(speeches, seeds, self.codec.samples_per_frame / self.sample_rate, self.device)
+        self.stats = stats = clock.stats(self.engine, speeches, seeds, self.codec.samples_per_frame / self.sample_rate, self.device)
         for limit, value in {"max_seq_len": self.engine.max_seq_len, "max_new_tokens": speeches[0].settings.max_new_tokens}.items():
             if cut := [str(text) for text, reason in enumerate(stats.end_reasons) if reason == limit]:
                 which = f"of text {', '.join(cut)} was" if len(stats.end_reasons) > 1 else "was"
@@ -168,7 +171,8 @@ class Pipeline:
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
-            advice = f"lower max_seq_len (now {self.engine.max_seq_len}), speak fewer texts at once, or shorten the reference recording"
+            smaller = ", quantise the cache (kv_cache='int4')" if self.engine.kv_cache == "bf16" else ""
+            advice = f"lower max_seq_len (now {self.engine.max_seq_len}){smaller}, speak fewer texts at once, or shorten the reference recording"
             raise torch.cuda.OutOfMemoryError(f"{error}\n{advice}") from error
         finally:
             self._speaking.release()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qtts_compile.engine import EndReason, Speech
+from qtts_compile.engine import EndReason, Engine, Speech
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class Stats:
             that was held. None on a CPU.
         end_reasons: why each text ended.
         seeds: what each text was drawn with.
+        kv_cache: format of the talker's cache; "bf16" stands for the model's dtype.
+        cache_bytes: of the talker's caches, one for each size of batch that this instance has spoken.
+        cache_bytes_per_token: what one more slot of ``max_seq_len`` would take for one text, in all layers.
+        quantized_layers: layers of the talker that hold codes.
+        quantized_tokens: tokens of each text, prompt and frames, that attention read from codes in these layers in the text's last frame. The
+            newest and the first ones, which ``protect`` keeps beside their codes, are not counted.
     """
 
     frames: list[int]
@@ -39,6 +45,11 @@ class Stats:
     peak_vram_bytes: int | None
     end_reasons: list[EndReason]
     seeds: list[int]
+    kv_cache: str
+    cache_bytes: int
+    cache_bytes_per_token: int
+    quantized_layers: int
+    quantized_tokens: list[int]
 
     def __str__(self) -> str:
         texts = f"{len(self.frames)} texts, " if len(self.frames) > 1 else ""
@@ -46,9 +57,18 @@ class Stats:
         counts = Counter(self.end_reasons)
         reasons = ", ".join(reason if len(counts) == 1 else f"{reason} ({count})" for reason, count in counts.items())
         seeds = f"seed {self.seeds[0]}" if len(set(self.seeds)) == 1 else f"seeds {', '.join(map(str, self.seeds))}"
+        cache = (
+            ""
+            if self.kv_cache == "bf16"
+            else (
+                f"; {self.kv_cache} cache of {self.cache_bytes / 2**20:.1f} MiB, {self.cache_bytes_per_token / 1024:.1f} KiB a token, "
+                f"{self.quantized_layers} layers and {sum(self.quantized_tokens)} tokens quantised"
+            )
+        )
         return (
             f"{texts}{sum(self.frames)} frames, {self.audio_seconds:.2f} s of audio in {self.seconds:.2f} s: {self.ms_per_frame:.1f} ms a frame, "
-            f"{self.real_time_factor:.1f} x real time, first audio after {1000 * self.time_to_first_audio:.1f} ms{vram}; ended by {reasons}; {seeds}"
+            f"{self.real_time_factor:.1f} x real time, first audio after {1000 * self.time_to_first_audio:.1f} ms{vram}; ended by {reasons}; "
+            f"{seeds}{cache}"
         )
 
 
@@ -75,9 +95,9 @@ class Clock:
         finally:
             self._started += self.seconds - handed_over
 
-    def stats(self, speeches: Sequence[Speech], seeds: list[int], frame_seconds: float, device: torch.device) -> Stats:
+    def stats(self, engine: Engine, speeches: Sequence[Speech], seeds: list[int], frame_seconds: float, device: torch.device) -> Stats:
         """Return what the call took that spoke these batches."""
-        seconds = self.seconds
+        seconds, cache = self.seconds, speeches[0].cache
         frames = [length for speech in speeches for length in speech.lengths]
         audio_seconds = sum(frames) * frame_seconds
         return Stats(
@@ -90,4 +110,9 @@ class Clock:
             peak_vram_bytes=torch.cuda.memory_reserved(device) if device.type == "cuda" else None,
             end_reasons=[reason for speech in speeches for reason in speech.end_reasons],
             seeds=seeds,
+            kv_cache=engine.kv_cache,
+            cache_bytes=engine.cache_bytes,
+            cache_bytes_per_token=cache.bytes_per_token,
+            quantized_layers=len(cache.quantized_layers),
+            quantized_tokens=[tokens for speech in speeches for tokens in speech.quantized_tokens],
         )

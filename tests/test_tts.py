@@ -13,7 +13,7 @@ import transformers
 from models.voices import GREEDY, SAMPLES, SPEAKER, TEXTS, TONE, assert_equal, generate, load, speak_with_qwen_tts, stats_of, stream, voice
 from packaging.version import Version
 
-from qtts_compile import TTS
+from qtts_compile import TTS, Protect
 from qtts_compile.stats import Stats
 
 FRAMES = 64
@@ -204,6 +204,40 @@ def test_stats_add_up(tts, texts):
     assert (
         "\n" not in line and f"{8 * texts} frames" in line and "seed 3" in line and "max_new_tokens" in line and ("3 texts" in line) == (texts == 3)
     )
+
+
+@pytest.mark.filterwarnings("ignore:the speech")
+@pytest.mark.parametrize("kv_cache", ["int4", "int3", "k4v3", "fp8"])
+def test_speech_from_a_quantised_cache(tts, kv_cache):
+    quantized = TTS(tts.model, max_seq_len=256, kv_cache=kv_cache, protect=Protect(0, 1, 2, 8))
+    arguments = {**SPEAKER, "max_new_tokens": 17}
+    batch = generate(quantized, "custom_voice", text=TEXTS, seed=[4, 5, 6], **arguments)
+    stats, line = stats_of(quantized), str(stats_of(quantized))
+    generate(tts, "custom_voice", text=TEXTS, seed=[4, 5, 6], **arguments)
+    # Codes were read, though what is chosen may be the same.
+    assert not torch.equal(*(instance.engine._runners[4].state.hidden for instance in (quantized, tts)))
+    for row, seed in enumerate([4, 5, 6]):
+        codes, chunks = stream(quantized, "custom_voice", text=TEXTS[row], seed=seed, **arguments)
+        assert torch.equal(codes, batch.codes[row])
+        np.testing.assert_allclose(np.concatenate(chunks), batch.waveforms[row], rtol=0, atol=1e-4)
+        assert stats_of(quantized).quantized_tokens == [stats.quantized_tokens[row]]
+    config, bits = tts.model.model.talker.config, {"int4": 8, "k4v3": 7, "int3": 6, "fp8": 16}[kv_cache]
+    heads, width = config.num_key_value_heads, config.head_dim
+    assert (stats.kv_cache, stats.quantized_layers) == (kv_cache, 1)
+    assert stats.cache_bytes_per_token == heads * (bits * width // 8 + 4 + 8 * width)  # a layer of codes and one of float32
+    assert stats.cache_bytes == 4 * (256 * stats.cache_bytes_per_token + heads * 10 * 8 * width + 8) + 320 * 4  # rows, kept tokens, start; pairs
+    assert len(set(stats.quantized_tokens)) > 1 and all(tokens > 16 - 2 - 8 for tokens in stats.quantized_tokens)
+    assert f"; {kv_cache} cache of " in line and f" 1 layers and {sum(stats.quantized_tokens)} tokens quantised" in line
+
+
+@pytest.mark.filterwarnings("ignore:the speech")
+def test_stats_of_the_cache_that_is_not_quantised(tts):
+    tts = TTS(tts.model, max_seq_len=64)
+    tts.generate_custom_voice("Hey.", "vivian", max_new_tokens=3)
+    stats, config = stats_of(tts), tts.model.model.talker.config
+    assert stats.cache_bytes_per_token == 2 * config.num_key_value_heads * 2 * config.head_dim * 4
+    assert (stats.kv_cache, stats.quantized_layers, stats.quantized_tokens) == ("bf16", 0, [0])
+    assert stats.cache_bytes == 64 * stats.cache_bytes_per_token and "cache" not in str(stats)
 
 
 @pytest.mark.filterwarnings("ignore:the speech")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from models.voices import SAMPLES, SPEAKER, TEXTS, TONE, assert_equal, checkpoint, generate, stats_of, stream, voice
 
-from qtts_compile import TTS
+from qtts_compile import TTS, Protect
 
 
 @pytest.fixture
@@ -208,11 +208,20 @@ def test_a_checkpoint_is_loaded_by_its_directory():
         ({"options": {"strict": True}}, "mode=None does not compile"),
         ({"chunk_frames": ()}, r"chunk_frames=\(\)"),
         ({"chunk_frames": (1, 0)}, r"chunk_frames=\(1, 0\)"),
+        ({"kv_cache": "int2"}, "kv_cache='int2': give one of bf16, int4, int3, k4v3, fp8"),
+        ({"kv_cache": "int4", "max_seq_len": 64}, "sinks=4 and window=64 keep every token of 64 slots"),
+        ({"protect": Protect()}, "kv_cache='bf16' quantises nothing"),
     ],
 )
 def test_wrong_arguments_are_refused(tts, arguments, message):
     with pytest.raises(ValueError, match=message):
         TTS(tts.model, **arguments)
+
+
+def test_a_quantised_cache_that_protects_every_layer_is_warned_of(tts):
+    with pytest.warns(UserWarning, match="kv_cache='int4' quantises nothing: .* keeps all 2 layers.*lower first_layers") as caught:
+        TTS(tts.model, kv_cache="int4")
+    assert caught[0].filename == __file__
 
 
 def test_wrong_models_are_refused(tts):

@@ -9,7 +9,7 @@ from qtts_compile.cli.bench import bench
 from qtts_compile.cli.common import DEMO_TEXT, DTYPES, UsageError
 from qtts_compile.cli.demo import demo, env, explain
 from qtts_compile.cli.speak import clone, design, speak
-from qtts_compile.options import MODES
+from qtts_compile.options import KV_CACHES, MODES
 
 Command = argparse.ArgumentParser
 
@@ -76,6 +76,12 @@ def _add_speaking_options(parser: Command) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--greedy", action="store_true", help="choose the likeliest codes instead of sampling")
     parser.add_argument("--max-seq-len", type=int, default=2048, help="most tokens of prompt and speech together (default: %(default)s)")
+    parser.add_argument(
+        "--kv-cache",
+        choices=KV_CACHES,
+        default="bf16",
+        help="format of the talker's keys and values; bf16 is the model's dtype (default: %(default)s)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="run the model as it is")
     _add_model_options(parser)
     _add_run_options(parser, None)

@@ -64,7 +64,8 @@ def _run(arguments: argparse.Namespace, kind: Kind, voice_of: Callable[[Any], di
 def _speak(model: Any, arguments: argparse.Namespace, kind: Kind, request: dict[str, Any]) -> None:
     from qtts_compile.tts import TTS  # imports transformers, which `qtts env` is to say something about even where it does not fit
 
-    tts = TTS(model, mode=None if arguments.no_compile else arguments.mode or "auto", max_seq_len=arguments.max_seq_len)
+    mode = None if arguments.no_compile else arguments.mode or "auto"
+    tts = TTS(model, mode=mode, max_seq_len=arguments.max_seq_len, kv_cache=arguments.kv_cache)
     if tts.mode:
         started = time.perf_counter()
         tts.warmup()
