@@ -27,6 +27,7 @@ import triton
 
 from bench.machine import describe
 from bench.reads import copy_bandwidth
+from bench.timing import milliseconds
 from qtts_compile.kernels import flash_decoding_launch, qk_norm_rope_kv_write
 from qtts_compile.kernels.decode_attention import decode_attention_triton
 from qtts_compile.kernels.flash_decoding_launch import expand_mask, plan_launch
@@ -57,21 +58,30 @@ CASES = [
 ]
 
 
+def cold_copies(read_bytes: float, held_bytes: float) -> int:
+    """Return how many caches, of ``held_bytes`` each, it takes that none is found in the L2 cache when its turn comes, as far as there is memory."""
+    return max(1, min(math.ceil(COLD_BYTES / read_bytes), int(MEMORY_LIMIT / held_bytes)))
+
+
 def build_arguments(case: Case, batch: int, device: str) -> list[tuple[Any, ...]]:
     """Return random arguments of the operator: as many caches as are read between two uses of one, with the same tokens."""
-    new = partial(torch.randn, dtype=torch.bfloat16, device=device)
-    cache_bytes = batch * case.slots * ROW_BYTES
     copies = LAYERS_OF_PREDICTOR
     if case.slots > 16:
-        copies = max(1, min(math.ceil(COLD_BYTES / (batch * case.position * ROW_BYTES)), int(MEMORY_LIMIT / cache_bytes)))
-    caches = new(copies, 2, batch, K_HEADS, case.slots, WIDTH)
+        copies = cold_copies(batch * case.position * ROW_BYTES, batch * case.slots * ROW_BYTES)
+    caches = torch.randn(copies, 2, batch, K_HEADS, case.slots, WIDTH, dtype=torch.bfloat16, device=device)
+    given, position, mask = step_arguments(case, batch, device)
+    return [(*given, k_cache, v_cache, position, mask, WIDTH**-0.5) for k_cache, v_cache in caches]
+
+
+def step_arguments(case: Case, batch: int, device: str) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]:
+    """Return what attention is given before its cache, and the position and the mask after it."""
+    new = partial(torch.randn, dtype=torch.bfloat16, device=device)
     q, k, v = (new(batch, 1, heads, WIDTH).transpose(1, 2) for heads in (Q_HEADS, K_HEADS, K_HEADS))
     theta = torch.randn(*((3,) if case.sections else ()), batch, 1, WIDTH, device=device)
     angles = theta.cos().bfloat16(), theta.sin().bfloat16(), list(case.sections), bool(case.sections)
     position = torch.tensor([case.position], device=device)
     mask = (torch.arange(case.slots, device=device) <= position).expand(batch, 1, 1, case.slots).contiguous()
-    weights = new(WIDTH), new(WIDTH)
-    return [(q, k, v, *weights, EPS, EPS, *angles, k_cache, v_cache, position, mask, WIDTH**-0.5) for k_cache, v_cache in caches]
+    return (q, k, v, new(WIDTH), new(WIDTH), EPS, EPS, *angles), position, mask
 
 
 def two_operators(*arguments: Any) -> torch.Tensor:
@@ -115,14 +125,22 @@ def candidates(case: Case, chosen: int) -> Iterator[dict[str, int]]:
                     yield dict(n_splits=n_splits, block_n=block_n, num_warps=num_warps, block_m=block_m)
 
 
-def timed(name: str, function: Callable[..., torch.Tensor], sets: list[tuple[Any, ...]], rounds: int) -> float | None:
-    """Check and time a function; return None, and say so, if it fails to compile in time or is wrong."""
+def timed(
+    name: str,
+    function: Callable[..., torch.Tensor],
+    sets: list[tuple[Any, ...]],
+    rounds: int,
+    is_right: Callable[[Callable[..., torch.Tensor], tuple[Any, ...]], bool] = is_accurate,
+) -> float | None:
+    """Check and time a function in microseconds; return None, and say so, if it fails to compile in time or is wrong."""
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(COMPILE_LIMIT_S)
     try:
-        accurate = is_accurate(function, sets[0])
+        right = is_right(function, sets[0])
         signal.alarm(0)
-        if accurate:
+        if right and not sets[0][0].is_cuda:
+            return 1000 * milliseconds(partial(function, *sets[0]), rounds)
+        if right:
             return median(microseconds(lambda arguments: function(*arguments), sets, rounds))
         print(f"{name}: WRONG RESULT", file=sys.stderr, flush=True)
     except (Exception, KeyboardInterrupt) as error:  # a variant that does not work must not end the others

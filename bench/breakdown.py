@@ -25,7 +25,7 @@ from bench.timing import kernel_table, milliseconds
 
 # The first that is found in a kernel's name decides. Inductor names a kernel after the operators that it joins.
 CLASSES = {
-    "attention": r"decode_attention|combine_kernel|qk_norm_rope|kv_write|rotary|rope|flash|fmha|attention|attn|triton.*(softmax|bmm|index_copy)",
+    "attention": r"combine_kernel|qk_norm_rope|kv_(write|read)|rotary|rope|flash|fmha|attention|attn|triton.*(softmax|bmm|index_copy)",
     "gemv": r"norm_linears|norm_swiglu|linear_add|embedding_linear|gemv|gemm|cutlass|nvjet|splitK|xmma|(^|_)(add)?mm(_|$)",
     "sampling": r"_sample_kernel|topk|sort|radix|argmax|arg_max|multinomial|cumsum|DeviceScan|softmax|exponential|distribution",
 }

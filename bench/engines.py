@@ -13,7 +13,7 @@ from torch._dynamo.utils import calculate_time_spent, counters
 from bench import models
 from bench.breakdown import trace
 from bench.hearing import time_first_audio
-from bench.reads import read_figures
+from bench.reads import cache_figures, read_figures
 from bench.run import Run
 from bench.task import CHECKED_FRAMES, PROMPT, Task, agreement, check, enter_speed, generate, staggered
 from bench.timing import COMPILE, SKIPS, figure, forget_memory_peak, memory, milliseconds, repeated, synchronize
@@ -30,14 +30,16 @@ def engine(
     slots: int = 2048,
     positions: Sequence[int] = (),
     audio: bool = False,
+    kv_cache: str = "bf16",
 ) -> None:
     """Compile, check and time the frames of one engine, and with ``audio`` all that a user hears of it.
 
     ``positions`` are the lengths of the prompts; by default that of ``PROMPT``, and for one text the longest that fits.
     """
-    model = models.build("tiny" if run.tiny else size, run.device, run.dtype)
+    size = "tiny" if run.tiny else size
+    model = models.build(size, run.device, run.dtype)
     forget_memory_peak()
-    tts = TTS(model, mode=run.mode, backend=backend, max_seq_len=slots)
+    tts = TTS(model, mode=run.mode, backend=backend, max_seq_len=slots, kv_cache=kv_cache, protect=models.protection(size, kv_cache))
     if not positions:
         positions = (PROMPT, slots - PROMPT - run.frames) if batch == 1 else (PROMPT,)
     compile_frames(run, tts.engine, staggered(positions[0], batch))
@@ -96,7 +98,7 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
         speech = begin(engine, greedy)
         list(speech)
         codes = speech.codes.clone()
-        row["check"] = check(talker, greedy, codes)
+        row["check"] = check(talker, greedy, codes, speech.cache)
         if position == PROMPT:
             alone = generate(talker, Task.of(talker, lengths[:1], CHECKED_FRAMES, greedy=True))
             row["check"] += f"; {agreement(codes[0], alone[0])}"
@@ -110,7 +112,7 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
                 raise RuntimeError(f"{speech.frames} frames were made instead of {run.frames}")
         enter_speed(row, times, batch)
         enter_launches(row, engine.launcher, unrecorded)
-        row["figures"] |= read_figures(talker, position, run.frames, batch)
+        row["figures"] |= read_figures(talker, position, run.frames, batch, speech.cache) | cache_figures(speech.cache)
         row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
 
 

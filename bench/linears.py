@@ -12,20 +12,19 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch.nn.functional import embedding, linear
-from triton.backends.compiler import GPUTarget
 
+from bench.compiling import compiling_only
 from bench.machine import describe
 from bench.reads import copy_bandwidth
 from qtts_compile.kernels import gemv_launch
@@ -132,39 +131,15 @@ def chosen_launch(case: Case, rows: int) -> Launch:
     return lookup(shape, torch.device("cuda", 0)) or choose_launch(rows, case.outputs, case.width, torch.bfloat16, case.matrices)
 
 
-class _Target:
-    """What Triton asks of a driver in order to compile, without a GPU."""
-
-    def __init__(self, capability: tuple[int, int]) -> None:
-        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:
     """Compile one launch into Triton's cache on disk, in a process without CUDA; return whether that worked in time."""
     capability, case, rows, launch = job
-    run = triton.JITFunction.run
-    triton.runtime.driver.set_active(cast(Any, _Target(capability)))
-    gemv_launch.has_pdl = lambda device: capability >= (9, 0)
-    triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
-    signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.alarm(COMPILE_LIMIT_S)
     try:
-        KERNELS[case.op](*build_arguments(case, rows, "cpu")[0], **launch._asdict())
+        with compiling_only(capability, gemv_launch, COMPILE_LIMIT_S):
+            KERNELS[case.op](*build_arguments(case, rows, "cpu")[0], **launch._asdict())
         return True
     except (KeyboardInterrupt, triton.TritonError):
         return False
-    finally:
-        signal.alarm(0)
-        triton.JITFunction.run = run
 
 
 def is_accurate(ys: Any, references: Any, oracles: Any) -> bool:

@@ -17,9 +17,12 @@ from torch import nn
 from qtts_compile import demo_config
 from qtts_compile.demo_model import GAINS, cached_checkpoint
 from qtts_compile.environment import import_qwen_tts
+from qtts_compile.turboquant_cache import Protect
 
 Size = Literal["0.6b", "1.7b", "tiny"]
 SPEAKER, LANGUAGE = "vivian", "english"
+
+TINY_PROTECT = Protect(first_layers=1, last_layers=1, sinks=2, window=8)  # by default its four layers and short prompts would have no codes
 
 _ATTENTION = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 _PREDICTOR = _ATTENTION | {
@@ -102,6 +105,11 @@ def build(size: Size, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
         randomise(module, seed)
         module.eval().requires_grad_(False)
     return tts
+
+
+def protection(size: Size, kv_cache: str) -> Protect | None:
+    """Return what a cache keeps as it is, for ``TTS``: of published sizes the defaults."""
+    return TINY_PROTECT if size == "tiny" and kv_cache != "bf16" else None
 
 
 def parameters(size: Size) -> dict[str, int]:

@@ -15,27 +15,37 @@ from transformers import DynamicCache
 
 from bench import models
 from bench.breakdown import trace
-from bench.reads import read_figures
+from bench.reads import cache_figures, read_figures
 from bench.run import Run
 from bench.task import CHECKED_FRAMES, PROMPT, SAMPLED, Task, check, enter_speed, generate, staggered
 from bench.timing import COMPILE, figure, forget_memory_peak, memory, milliseconds
+from qtts_compile.transformers_cache import TurboQuantCache
+from qtts_compile.turboquant_cache import TurboQuantKVCache
 
 SLOTS = 2048
 
 
 def generated(
-    run: Run, size: models.Size = "1.7b", batch: int = 1, slots: int = SLOTS, positions: Sequence[int] = (), peer: str | None = None
+    run: Run,
+    size: models.Size = "1.7b",
+    batch: int = 1,
+    slots: int = SLOTS,
+    positions: Sequence[int] = (),
+    peer: str | None = None,
+    kv_cache: str = "bf16",
 ) -> None:
-    """Time ``talker.generate``, of the model as it is or as a ``peer``'s mode leaves it, and take the memory of a cache grown to ``slots``."""
-    tts = models.build("tiny" if run.tiny else size, run.device, run.dtype)
+    """Time ``talker.generate`` of the model as it is, with a quantised cache, or as a ``peer``'s mode leaves it, and take a cache's memory."""
+    size = "tiny" if run.tiny else size
+    tts = models.build(size, run.device, run.dtype)
     talker = tts.model.talker
     cache = None if peer is None else patch_generate(tts, peer)
-    judge = talker if peer is None else models.build("tiny" if run.tiny else size, run.device, run.dtype).model.talker
+    judge = talker if peer is None else models.build(size, run.device, run.dtype).model.talker
+    packed = hand_in(talker, batch, slots, kv_cache, size)
     for position in positions or (PROMPT,):
         lengths = staggered(position, batch)
         with run.row(f"frames at positions {position} to {position + run.frames}") as row:
             greedy = Task.of(talker, lengths, CHECKED_FRAMES, greedy=True)
-            row["check"] = check(judge, greedy, generate(talker, greedy))
+            row["check"] = check(judge, greedy, generate(talker, greedy), packed)
             if cache is not None:
                 row["note"] = told_by(cache)
             task = Task.of(talker, lengths, run.frames)
@@ -48,8 +58,13 @@ def generated(
 
             with torch.inference_mode():
                 enter_speed(row, [frame(task, prompt) for _ in range(3)], batch)
-            row["figures"] |= read_figures(talker, position, run.frames, batch)
-    if peer is None and batch == 1:
+            row["figures"] |= read_figures(talker, position, run.frames, batch, packed) | (cache_figures(packed) if packed else {})
+    if packed:
+        with run.row("memory") as row:
+            forget_memory_peak()
+            generate(talker, Task.of(talker, staggered(PROMPT, batch), run.frames))
+            row |= {"figures": memory("frames"), "note": f"{slots} slots"}
+    elif peer is None and batch == 1:
         enter_memory(run, tts, slots)
     if run.profile and not run.tiny:
         lengths = staggered((positions or (PROMPT,))[0], batch)
@@ -66,6 +81,23 @@ def enter_memory(run: Run, tts: Any, slots: int) -> None:
             tts.model.speech_tokenizer.decode({"audio_codes": torch.zeros(slots - PROMPT, 16, dtype=torch.long, device=run.device)})
             row["figures"] |= memory(f"with {slots - PROMPT} frames of audio")
         row["note"] = f"cache grown to {slots} positions, without the hidden states that generate() keeps"
+
+
+def hand_in(talker: Any, batch: int, slots: int, kv_cache: str, size: models.Size) -> TurboQuantKVCache | None:
+    """Let ``talker.generate`` use a quantised cache of this format, which is returned; the whole model's ``generate`` would not hand one on."""
+    if kv_cache == "bf16":
+        return None
+    parameter, generate = next(talker.parameters()), talker.generate
+    protect = models.protection(size, kv_cache)
+    cache = TurboQuantCache(talker.config, batch, slots, kv_cache, protect, dtype=parameter.dtype, device=parameter.device)
+
+    def with_cache(**arguments: Any) -> Any:
+        cache.reset()
+        cache.start = arguments["attention_mask"].argmax(1)
+        return generate(**arguments, past_key_values=cache)
+
+    talker.generate = with_cache
+    return cache.packed
 
 
 def patch_generate(tts: Any, mode: str) -> Any:

@@ -20,6 +20,7 @@ METRICS = {
     "x real time": "seconds of audio made in a second, all texts together",
     "first audio": "milliseconds from the call to the first samples in the host's memory",
     "VRAM": "peak of PyTorch's allocator (allocated, reserved) and what the device has in use",
+    "cache": "MiB of the talker's static cache as allocated, KiB of a token of it in all layers, and how many layers hold codes",
     "load": "seconds from a checkpoint in the page cache to a model on the GPU",
     "compile": "seconds in torch.compile by Dynamo's clock, and those that the first call takes besides",
     "floor": "milliseconds in which the weights and the cached keys and values of a frame can be read once at the bandwidth of a copy",
@@ -32,33 +33,29 @@ class Mode:
 
     Attributes:
         what: what it is, in a line.
-        frames: ``module:name`` of what times its frames; empty if ``missing`` says why there is none.
+        frames: ``module:name`` of what times its frames.
         whole: ``module:name`` of what goes from a checkpoint and a text to a waveform.
         arguments: of both.
         modules: Python modules that it needs.
         torch_mode: ``torch.compile``'s mode; None where nothing is compiled.
         largest_batch: the most texts that it speaks together.
         needs_gpu: whether ``--tiny`` must leave it out.
-        missing: why it is not available, whatever is installed.
     """
 
     what: str
-    frames: str = ""
-    whole: str = ""
+    frames: str
+    whole: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     modules: tuple[str, ...] = ("qwen_tts",)
     torch_mode: str | None = None
     largest_batch: int = 32
     needs_gpu: bool = False
-    missing: str = ""
 
     @property
     def absent(self) -> str:
         """Why it cannot run here, or nothing."""
         lacking = [module for module in self.modules if find_spec(module) is None]
-        return self.missing or (
-            f"{' and '.join(lacking)} not installed: pip install {' '.join(map(INSTALLS.__getitem__, lacking))}" if lacking else ""
-        )
+        return f"{' and '.join(lacking)} not installed: pip install {' '.join(map(INSTALLS.__getitem__, lacking))}" if lacking else ""
 
 
 @dataclass(frozen=True)
@@ -70,12 +67,14 @@ class Case:
         batch: texts spoken together.
         slots: of the static caches; 0 for as many as the positions need.
         positions: tokens before the first frame that is timed, for each row; () for the runner's own.
+        kv_cache: format of the talker's keys and values, in place of the mode's own; "" for that.
     """
 
     size: str = "1.7b"
     batch: int = 1
     slots: int = 2048
     positions: tuple[int, ...] = ()
+    kv_cache: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,13 +108,12 @@ class Job:
         getattr(import_module(module), name)(run, **self.arguments)
 
 
-def _ours(what: str, backend: str, torch_mode: str) -> Mode:
-    return Mode(what, "bench.engines:engine", "bench.whole:ours", {"backend": backend}, torch_mode=torch_mode)
+def _ours(what: str, backend: str, torch_mode: str, **cache: str) -> Mode:
+    return Mode(what, "bench.engines:engine", "bench.whole:ours", {"backend": backend, **cache}, torch_mode=torch_mode)
 
 
-def _not_yet(name: str) -> Mode:
-    peer = f"; `qwen3-tts-triton:{name}+tq` is the peer's"
-    return Mode(f"{name} with quantised keys and values (TurboQuant)", missing=f"not available yet: this package has no TurboQuant cache{peer}")
+def _eager(what: str, **cache: str) -> Mode:
+    return Mode(what, "bench.peers:generated", "bench.whole:generated", cache)
 
 
 def _peer(what: str, kind: str, arguments: Mapping[str, Any]) -> Mode:
@@ -128,13 +126,13 @@ def _peer(what: str, kind: str, arguments: Mapping[str, Any]) -> Mode:
 
 # The seven names that users of qwen3-tts-triton know stand for what this package has in their place; its own modes bear its name.
 MODES = {
-    "base": Mode("qwen-tts as it is: eager, transformers' generate loop", "bench.peers:generated", "bench.whole:generated"),
-    "base+tq": _not_yet("base"),
+    "base": _eager("qwen-tts as it is: eager, transformers' generate loop"),
+    "base+tq": _eager("qwen-tts, eager, whose generate() is handed a TurboQuantCache: int4 keys and values", kv_cache="int4"),
     "triton": _ours('TTS(mode="default"): the rewrites and their kernels, launched one by one without CUDA graphs', "qtts", "default"),
-    "triton+tq": _not_yet("triton"),
+    "triton+tq": _ours('TTS(mode="default", kv_cache="int4"): attention reads the packed cache', "qtts", "default", kv_cache="int4"),
     "faster": _ours('TTS(backend="inductor"): a frame as one CUDA graph, without the rewrites', "inductor", "reduce-overhead"),
     "hybrid": _ours("TTS as it comes: the rewrites and their kernels, a frame as one CUDA graph", "qtts", "reduce-overhead"),
-    "hybrid+tq": _not_yet("hybrid"),
+    "hybrid+tq": _ours('TTS(kv_cache="int4"): the same in one CUDA graph', "qtts", "reduce-overhead", kv_cache="int4"),
     "faster-qwen3-tts": _peer("faster-qwen3-tts: two CUDA graphs a frame", "graphs", {}),
     "qwen3-tts-triton:triton": _peer("qwen3-tts-triton's kernels patched into qwen-tts", "generated", {"peer": "triton"}),
     "qwen3-tts-triton:hybrid": _peer("qwen3-tts-triton's kernels in faster-qwen3-tts's graphs", "graphs", {"patched": True}),
@@ -158,10 +156,11 @@ def frame_job(name: str, case: Case, frames: int = 100, **arguments: Any) -> Job
     mode = MODES[name]
     slots = case.slots or -(-(max(case.positions) + frames + 1) // 1024) * 1024
     given = {"size": case.size, "batch": case.batch, "slots": slots, "positions": list(case.positions)}
+    cache = {"kv_cache": case.kv_cache} if case.kv_cache else {}
     return Job(
         mode.frames,
-        {**given, **mode.arguments, **arguments},
-        {"mode": name, "size": case.size, "batch": case.batch, "slots": slots},
+        {**given, **mode.arguments, **cache, **arguments},
+        {"mode": name, "size": case.size, "batch": case.batch, "slots": slots, **cache},
         mode.torch_mode,
         compiles=mode.torch_mode is not None,
         needs_gpu=mode.needs_gpu,
@@ -201,6 +200,9 @@ ROWS = {
     **{f"batch-{batch}": frame_job("hybrid", Case(batch=batch)) for batch in (2, 4, 8, 16, 32)},
     "0.6b": frame_job("hybrid", Case(size="0.6b")),
     "8192-slots": frame_job("hybrid", Case(slots=8192, positions=POSITIONS)),
+    **{name: frame_job("hybrid+tq", Case(kv_cache=name)) for name in ("int4", "int3", "k4v3", "fp8")},
+    "batch-32-8192": frame_job("hybrid", Case(batch=32, slots=8192, positions=POSITIONS[1:])),
+    "batch-32-8192-int4": frame_job("hybrid+tq", Case(batch=32, slots=8192, positions=POSITIONS[1:])),
     "checkpoint": checkpoint_job(),
     "cold-start": Job("bench.start:start", torch_mode="reduce-overhead", after=("checkpoint",), cache="emptied"),
     "warm-start": Job("bench.start:start", torch_mode="reduce-overhead", after=("cold-start",), cache="kept"),

@@ -32,7 +32,7 @@ def arguments_of(argv: list[str] | None) -> argparse.Namespace:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the results as text: a line for each speed, then a line for each other row, then what is missing."""
     titles = {COMPILE: "compile s", SKIPS: "skips", "allocated, frames": "GiB", "reserved, frames": "reserved"}
-    titles |= {"keys and values read": "KV MB", "floor": "floor ms"}
+    titles |= {"cache": "KV MiB", "keys and values read": "MB read", "floor": "floor ms"}
     width = max([12, *(len(row["job"]) for row in rows if "ms_per_frame" in row)])
     heads = f"{'rows':{width}} {'frames':26} {'ms/frame':>9} {'min':>9} {'max':>9} {'audio s/s':>10}"
     lines = [" ".join([heads, *(f"{title:>9}" for title in titles.values())])] if any("ms_per_frame" in row for row in rows) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ The eager row is bound by the host and varied from {frame["min"]:.1f} to {frame[
 def batches(results: Results) -> str:
     """Texts spoken together."""
     rows = []
-    for batch in sorted(int(job.removeprefix("batch-")) for job in {row["job"] for row in results.rows} if job.startswith("batch-")):
+    for batch in sorted({int(row["job"].removeprefix("batch-")) for row in results.rows if re.fullmatch(r"batch-\d+", row["job"])}):
         job = f"batch-{batch}"
         memory = results.figure(job, "memory", "allocated, frames")
         rows.append([str(batch), f"{results.figure(job, EARLY, 'frame'):.2f}", f"{results.figure(job, EARLY, 'audio'):.0f}", f"{memory:.2f}"])
@@ -246,6 +247,67 @@ def e2e(results: Results) -> str:
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
 
+def caches(results: Results) -> str:
+    """Frames over each kind of cache, what they read of it and what it takes."""
+    rows = []
+    for row in (row for row in results.rows if "ms_per_frame" in row and "cache" in row["figures"]):
+        figures = {label: figure["median"] for label, figure in row["figures"].items()}
+        numbers = [f"{figures['frame']:.2f}", f"{figures['keys and values read']:.0f}", f"{figures['cache']:.0f}"]
+        memory = f"{results.figure(row['job'], 'memory', 'allocated, frames'):.2f}"
+        rows.append([f"`{row.get('kv_cache', 'bf16')}`", str(row["batch"]), str(row["slots"]), row["row"].split()[3], *numbers, memory])
+    titles = ["cache", "texts", "slots", "position", "ms/frame", "keys and values read, MB", "cache, MiB", "GiB allocated"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
+def quantized_attention(results: Results) -> str:
+    """Attention of a decode step over each kind of cache, and how many times as fast as over bfloat16."""
+    if failed := [row for row in results.rows if not row["us"]]:
+        raise LookupError(f"bench/results/{results.name}.json, {failed[0]['format']}: a failed check; measure it again, or take it out of README")
+    formats = list(dict.fromkeys(row["format"] for row in results.rows))
+    places: dict[tuple[int, int], dict[str, str]] = {}
+    for row in results.rows:
+        ratio = f" ({row['bf16_us'] / row['us']:.2f}x)" if row["bf16_us"] and row["format"] != "bf16" else ""
+        places.setdefault((row["batch"], row["position"]), {})[row["format"]] = f"{row['us']:.2f}{ratio}"
+    rows = [[str(batch), str(position), *(cells.get(name, "") for name in formats)] for (batch, position), cells in places.items()]
+    return f"{results.source}\n\n{markdown(['texts', 'position', *(f'{name}, us' for name in formats)], rows)}\n"
+
+
+def quality(results: Results) -> str:
+    """What each quantised cache does to a model that hears an unquantised trajectory, to random keys, and to speech that goes its own way."""
+    parts = {part: [row for row in results.rows if row["part"] == part] for part in ("model", "synthetic", "free")}
+    if missing := [part for part, rows in parts.items() if not rows]:
+        raise LookupError(f"bench/results/{results.name}.json has no rows of the part {missing[0]}")
+    model = [
+        [f"`{row['format']}`", row["protected"], f"{row['of_dense']:.0%}", f"{row['cosine']:.4f} ({row['worst_cosine']:.4f})", f"{row['kl']:.5f}"]
+        + [f"{row['kl_p99']:.5f}", f"{row['top1']:.1%}", f"{row['eos_drift']:+.4f}", row["verdict"]]
+        for row in parts["model"]
+    ]
+    keys = [
+        [
+            f"`{row['format']}`",
+            row["keys"],
+            f"{row['cosine']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.1%} ({row['top1_clear']:.1%})",
+            row["verdict"],
+        ]
+        for row in parts["synthetic"]
+        if row["protected"] == "default"
+    ]
+    free = [
+        [" ".join((f"`{row['format']}`", row["protected"])).strip(), f"{row['duration_ratio']:.2f}", f"{row['at_cap']:.0%}"]
+        + [f"{row['frames_until_parted']:.1f}"]
+        for row in parts["free"]
+    ]
+    of_model = ["cache", "protected", "bytes of bf16's", "attention cosine (worst layer)", "mean KL", "p99 KL", "top-1", "end of speech", "limits"]
+    tables = [
+        markdown(of_model, model),
+        markdown(["cache", "keys", "attention cosine", "mean KL", "top-1 (without near ties)", "limits"], keys),
+        markdown(["cache", "frames of bf16's", "never ended", "frames until the first other code"], free),
+    ]
+    return "\n\n".join([results.source, *tables]) + "\n"
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "speech": speech,
     "batches": batches,
@@ -258,4 +320,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "kernels": kernels,
     "frame": frame,
     "e2e": e2e,
+    "caches": caches,
+    "quantized-attention": quantized_attention,
+    "quality": quality,
 }

@@ -16,11 +16,13 @@ from torch import Tensor
 from bench import models
 from bench.engines import begin, compile_seconds
 from bench.hearing import CALL, WrongAudio
-from bench.peers import SLOTS, Graphs, patch_generate, patch_graphs, told_by
+from bench.peers import SLOTS, Graphs, hand_in, patch_generate, patch_graphs, told_by
+from bench.reads import cache_figures
 from bench.run import Run
 from bench.start import directory
 from bench.task import CHECKED_FRAMES, FRAME_MS, PROMPT, Task, check, generate
 from bench.timing import figure, forget_memory_peak, memory, synchronize
+from qtts_compile.cache import StaticKVCache
 from qtts_compile.environment import import_qwen_tts
 from qtts_compile.tts import TTS
 
@@ -32,7 +34,7 @@ class Speaker:
     Attributes:
         talker: the model's.
         generate: like ``Qwen3TTSModel.generate_custom_voice``.
-        codes: greedy codes ``[1, F, groups]`` of a task.
+        codes: greedy codes ``[1, F, groups]`` of a task, and the talker's cache, where it is ours.
         stream: yields chunks, first what is heard first; None where nothing streams.
         changed: whether the model itself was patched, so that another must judge it.
         note: what else to know, once it has spoken.
@@ -40,37 +42,40 @@ class Speaker:
 
     talker: Any
     generate: Callable[..., tuple[list[np.ndarray], int]]
-    codes: Callable[[Task], Tensor]
+    codes: Callable[[Task], tuple[Tensor, StaticKVCache | None]]
     stream: Callable[..., Iterator[Any]] | None = None
     changed: bool = False
     note: Callable[[], str] = str
 
 
-def ours(run: Run, size: models.Size = "1.7b", backend: str = "qtts") -> None:
+def ours(run: Run, size: models.Size = "1.7b", backend: str = "qtts", kv_cache: str = "bf16") -> None:
     """Speak with :class:`TTS`."""
+    protect = models.protection("tiny" if run.tiny else size, kv_cache)
+    cache: dict[str, Any] = {"kv_cache": kv_cache, "protect": protect}
 
     def load() -> Speaker:
-        tts = TTS.from_pretrained(str(directory(run, size)), device=run.device, dtype=run.dtype, mode=run.mode, backend=backend)
+        tts = TTS.from_pretrained(str(directory(run, size)), device=run.device, dtype=run.dtype, mode=run.mode, backend=backend, **cache)
 
-        def codes(task: Task) -> Tensor:
+        def codes(task: Task) -> tuple[Tensor, StaticKVCache]:
             speech = begin(tts.engine, task)
             list(speech)
-            return speech.codes.clone()
+            return speech.codes.clone(), speech.cache
 
         return Speaker(tts.engine.talker, tts.generate_custom_voice, codes, tts.stream_custom_voice)
 
     measure(run, load, size)
 
 
-def generated(run: Run, size: models.Size = "1.7b", peer: str | None = None) -> None:
-    """Speak with ``Qwen3TTSModel``, as it is or as a ``peer``'s mode leaves it."""
+def generated(run: Run, size: models.Size = "1.7b", peer: str | None = None, kv_cache: str = "bf16") -> None:
+    """Speak with ``Qwen3TTSModel``, as it is, with a quantised cache, or as a ``peer``'s mode leaves it."""
 
     def load() -> Speaker:
         tts = _pretrained(run, size)
         cache = None if peer is None else patch_generate(tts, peer)
         note = str if cache is None else lambda: told_by(cache)
         talker = tts.model.talker
-        return Speaker(talker, tts.generate_custom_voice, lambda task: generate(talker, task), changed=peer is not None, note=note)
+        packed = hand_in(talker, 1, SLOTS, kv_cache, "tiny" if run.tiny else size)
+        return Speaker(talker, tts.generate_custom_voice, lambda task: (generate(talker, task), packed), changed=peer is not None, note=note)
 
     measure(run, load, size)
 
@@ -92,9 +97,9 @@ def graphs(run: Run, size: models.Size = "1.7b", patched: bool = False, turboqua
             faster._warmed_up = True
             return graphs, faster
 
-        def codes(task: Task) -> Tensor:
+        def codes(task: Task) -> tuple[Tensor, None]:
             graphs, _ = recorded()
-            return graphs.speak(task, graphs.greedy)[0][None]
+            return graphs.speak(task, graphs.greedy)[0][None], None
 
         return Speaker(
             talker,
@@ -121,7 +126,7 @@ def measure(run: Run, load: Callable[[], Speaker], size: models.Size) -> None:
         # CUDA graphs: one call to warm up, one to record, one to replay.
         settling, _ = _timed(lambda: [_speak(speaker, frames) for _ in range(2)])
         held = memory("text to waveform")
-        row["check"] = _check(run, speaker, size)
+        row["check"], cache = _check(run, speaker, size)
         times, seconds = zip(*(_timed(lambda: _speak(speaker, frames)) for _ in range(run.repeats)))
         if min(seconds) < frames * FRAME_MS / 2000:
             raise WrongAudio(f"{min(seconds):.2f} s of audio were made of {frames * FRAME_MS / 1000:.2f} asked for")
@@ -129,7 +134,7 @@ def measure(run: Run, load: Callable[[], Speaker], size: models.Size) -> None:
         row["figures"] = {name: figure(taken, "s") for name, taken in parts.items()}
         row["figures"]["x real time"] = figure([made / taken for made, taken in zip(seconds, times)], "s a second")
         row["figures"]["first audio"] = figure([1000 * _first_audio(speaker) for _ in range(run.repeats)], "ms")
-        row["figures"] |= held
+        row["figures"] |= held | (cache_figures(cache) if cache else {})
         notes = [speaker.note(), "" if speaker.stream else f"nothing streams: first audio is a waveform of {CHECKED_FRAMES} frames"]
         row["note"] = "; ".join(["the checkpoint is in the page cache", *filter(None, notes)])
 
@@ -156,15 +161,15 @@ def _speak(speaker: Speaker, frames: int) -> float:
     return len(waveforms[0]) / rate
 
 
-def _check(run: Run, speaker: Speaker, size: models.Size) -> str:
-    """Check the codes of the loaded model.
+def _check(run: Run, speaker: Speaker, size: models.Size) -> tuple[str, StaticKVCache | None]:
+    """Check the codes of the loaded model, and return what was found with the talker's cache.
 
     Raises :class:`bench.task.WrongCodes`.
     """
     task = Task.of(speaker.talker, [PROMPT], CHECKED_FRAMES, greedy=True)
-    codes = speaker.codes(task)
+    codes, cache = speaker.codes(task)
     judge = _pretrained(run, size).model.talker if speaker.changed else speaker.talker
-    return check(judge, task, codes)
+    return check(judge, task, codes, cache), cache
 
 
 def _first_audio(speaker: Speaker) -> float:

@@ -18,7 +18,10 @@ from qtts_compile.kernels.norm_linears import _norm_linears_kernel
 from qtts_compile.kernels.norm_swiglu import _norm_swiglu_kernel
 from qtts_compile.kernels.qk_norm_rope_attention import _qk_norm_rope_attention_kernel
 from qtts_compile.kernels.qk_norm_rope_kv_write import _qk_norm_rope_kv_write_kernel
+from qtts_compile.kernels.qk_norm_rope_quantized_attention import _qk_norm_rope_quantized_attention_kernel
 from qtts_compile.kernels.sample import _sample_kernel
+from qtts_compile.kernels.turboquant.read import _quantized_kv_read_kernel
+from qtts_compile.kernels.turboquant.write import _quantized_kv_write_kernel
 
 
 def test_readme_agrees_with_the_results(capsys):
@@ -134,6 +137,9 @@ def test_commands_are_shown_without_where_they_wrote():
         (combine_kernel.__name__, "attention"),
         (_qk_norm_rope_kv_write_kernel.__name__, "attention"),
         (_qk_norm_rope_attention_kernel.__name__, "attention"),
+        (_qk_norm_rope_quantized_attention_kernel.__name__, "attention"),
+        (_quantized_kv_read_kernel.__name__, "attention"),
+        (_quantized_kv_write_kernel.__name__, "attention"),
         ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<128>>", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "attention"),
         ("triton_per_fused__softmax_bmm_clone_9", "attention"),

@@ -94,7 +94,7 @@ def test_table_joins_the_figures_of_a_job():
         {"job": "qtts", "row": "kernels", "error": "RuntimeError: no CUPTI"},
     ]
     speed, memory, error = table(rows).splitlines()[1:]
-    assert speed.split() == ["qtts", "positions", "64", "to", "164", "5.50", "5.00", "6.00", "14.50", "91.20", "0", "4.25", "-", "-", "-"]
+    assert speed.split() == ["qtts", "positions", "64", "to", "164", "5.50", "5.00", "6.00", "14.50", "91.20", "0", "4.25", "-", "-", "-", "-"]
     assert memory == "qtts, memory: allocated, frames 4.25 GiB"
     assert error == "qtts, kernels: FAILED RuntimeError: no CUPTI"
 

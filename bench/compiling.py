@@ -1,0 +1,49 @@
+"""Compile Triton kernels into its cache on disk in processes without CUDA, which were forked before it started."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any, cast
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+
+class _Target:
+    """What Triton asks of a driver in order to compile, without a GPU."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_only(capability: tuple[int, int], launch_module: Any, limit_s: int) -> Iterator[None]:
+    """Let a launch only compile, for a GPU of this ``capability`` as ``launch_module`` sees it; KeyboardInterrupt after ``limit_s`` seconds."""
+    run = triton.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    triton.runtime.driver.set_active(cast(Any, _Target(capability)))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(limit_s)
+    try:
+        with (
+            mock.patch.object(triton.JITFunction, "run", compile_only),
+            mock.patch.object(launch_module, "has_pdl", lambda device: capability >= (9, 0)),
+        ):
+            yield
+    finally:
+        signal.alarm(0)

@@ -1,0 +1,271 @@
+"""The benchmarks of quantised caches: that they measure what the caches do, refuse what is wrong, and run on the embedded model."""
+
+import inspect
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from test_bench_speech import run, talker, written  # noqa: F401
+
+import bench.quantized_attention as attention
+import qtts_compile.turboquant_cache
+from bench import free_running, models, quality, synthetic, tables, teacher
+from bench.engines import engine
+from bench.models import TINY_PROTECT
+from bench.peers import generated, hand_in
+from bench.reads import cache_bytes
+from bench.registry import MODES, ROWS, Case, frame_job
+from bench.task import CHECKED_FRAMES, Task, WrongCodes, check, generate
+from bench.timing import figure
+from qtts_compile.kernels.turboquant.read import quantized_kv_read
+from qtts_compile.options import KV_CACHES
+from qtts_compile.turboquant_cache import Protect, TurboQuantKVCache
+
+pytestmark = pytest.mark.filterwarnings("ignore:kv_cache=.* is experimental")  # which is what is measured here
+FORMATS = ["int4", "k4v3", "int3", "fp8"]
+PROMPT = 40
+
+
+def packed(talker, name="int4", protect=TINY_PROTECT, slots=128):  # noqa: F811
+    nowhere = torch.zeros(1, dtype=torch.long, device="meta")
+    return TurboQuantKVCache(talker.config, 1, slots, torch.float32, nowhere.device, name, protect, nowhere)
+
+
+@pytest.fixture(scope="module")
+def trajectory(talker):  # noqa: F811
+    return teacher.Trajectory.of(talker, 2, PROMPT, 12)
+
+
+@pytest.fixture
+def over(monkeypatch):
+    """Return a function that lets a talker speak greedily over a quantised cache, and returns the task, the codes and the cache."""
+
+    def speak(talker, name, lengths=(PROMPT, PROMPT - 7)):  # noqa: F811
+        monkeypatch.setitem(talker.__dict__, "generate", talker.generate)  # put back afterwards
+        cache = hand_in(talker, len(lengths), 128, name, "tiny")
+        task = Task.of(talker, list(lengths), CHECKED_FRAMES, greedy=True)
+        return task, generate(talker, task), cache
+
+    return speak
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("protect", [TINY_PROTECT, quality.BARE], ids=["protected", "bare"])
+def test_one_call_gives_what_a_real_cache_gives_token_after_token(trajectory, name, protect):
+    like = packed(trajectory.talker, name, protect)
+    seen = teacher.observe(trajectory, like)
+    assert teacher.check(trajectory, like, seen) < 1e-9
+    for more in ("first_layers", "sinks", "window"):
+        assert teacher.check(trajectory, packed(trajectory.talker, name, protect._replace(**{more: getattr(protect, more) + 1})), seen) > 2e-8
+
+
+def test_logits_over_another_cache_are_refused(trajectory, monkeypatch):
+    monkeypatch.setattr(teacher, "MAX_APART", 1e-6)  # the tiny model's steps read few codes
+    int3, fp8 = (packed(trajectory.talker, name, quality.BARE) for name in ("int3", "fp8"))
+    with pytest.raises(teacher.WrongForcing, match="fp8, Protect.*a real cache gives logits .* away"):
+        teacher.check(trajectory, fp8, teacher.observe(trajectory, int3))
+
+
+def test_protecting_every_layer_changes_nothing_and_each_format_what_it_costs(trajectory):
+    dense = packed(trajectory.talker, protect=Protect(first_layers=4))
+    exact = teacher.observe(trajectory, dense)
+    assert teacher.compare(trajectory.talker, exact, teacher.observe(trajectory, dense))["kl"] == 0
+    figures = {name: teacher.compare(trajectory.talker, exact, teacher.observe(trajectory, packed(trajectory.talker, name))) for name in FORMATS}
+    assert 0 < figures["fp8"]["kl"] < figures["int4"]["kl"] < figures["k4v3"]["kl"] < figures["int3"]["kl"]
+    first, second, third, last = figures["int3"]["cosines"]  # the first layer is protected and sees nothing of the others
+    assert first == pytest.approx(1) and second < 0.999 and figures["int3"]["worst_cosine"] == min(second, third, last)
+
+
+def test_logits_that_are_not_finite_are_refused(trajectory):
+    exact = teacher.observe(trajectory, packed(trajectory.talker))
+    with pytest.raises(ValueError, match="not finite"):
+        teacher.compare(trajectory.talker, exact, replace(exact, log_probs=exact.log_probs * float("nan")))
+
+
+@pytest.mark.parametrize("name", ["int4", "fp8"])
+def test_codes_over_a_quantised_cache_are_judged_over_the_same_and_over_none(talker, over, name):  # noqa: F811
+    task, codes, cache = over(talker, name)
+    same, _, others = check(talker, task, codes, cache).partition("; ")
+    assert same.startswith(f"512 greedy choices in 16 frames against eager logits given the same codes, over {name} keys and values of up to 45 ")
+    assert "in 2 layers: 100.0% equal" in same and "against eager logits over float32 ones: " in others and "quantisation moves logits" in others
+    wrong = codes.clone()
+    wrong[1, 7, 3] = (wrong[1, 7, 3] + 1) % 512
+    with pytest.raises(WrongCodes, match="allowed are 0.25 and 0.01"):
+        check(talker, task, wrong, cache)
+
+
+def test_codes_over_a_cache_that_decodes_wrongly_fail(talker, over, monkeypatch):  # noqa: F811
+    def negated(*arguments):
+        keys, values = quantized_kv_read(*arguments)
+        return -keys, values
+
+    monkeypatch.setattr(qtts_compile.turboquant_cache, "quantized_kv_read", negated)
+    task, codes, cache = over(talker, "int4")
+    with pytest.raises(WrongCodes, match="over int4 keys"):
+        check(talker, task, codes, cache)
+
+
+def test_a_cache_that_quantises_nothing_fails(talker, over):  # noqa: F811
+    task, codes, _ = over(talker, "int4")
+    for protect in (Protect(first_layers=4), Protect(0, 0, 0, 100)):
+        with pytest.raises(WrongCodes, match="none of 55 tokens was read from int4 codes: Protect.* keeps all; measure later"):
+            check(talker, task, codes, packed(talker, protect=protect))
+
+
+@pytest.mark.parametrize("runner", [generated, engine])
+def test_rows_tell_what_the_cache_takes(run, runner):  # noqa: F811
+    runner(run, kv_cache="int3", slots=128)
+    rows = [row for row in written(run) if "ms_per_frame" in row]
+    assert rows and not any("error" in row for row in written(run))
+    for row in rows:
+        figures = {label: figure["median"] for label, figure in row["figures"].items()}
+        assert "over int3 keys and values" in row["check"] and figures["quantised layers"] == 2
+        assert figures["cache, a token"] * 1024 == 2 * 2 * (2 * 12 + 4) + 2 * 2 * 2 * 32 * 4  # two layers of codes, two of float32, two heads
+        assert figures["cache"] * 2**20 > 128 * 1024 * figures["cache, a token"]
+
+
+def test_modes_and_rows_hand_their_format_to_the_runner():
+    assert {name: MODES[f"{name}+tq"].arguments["kv_cache"] for name in ("base", "triton", "hybrid")} == dict.fromkeys(
+        ("base", "triton", "hybrid"), "int4"
+    )
+    assert {name: ROWS[name].arguments["kv_cache"] for name in FORMATS} == {name: name for name in FORMATS}
+    large = ROWS["batch-32-8192-int4"]
+    assert (large.arguments["batch"], large.arguments["slots"], large.arguments["positions"]) == (32, 8192, [512, 2048, 8000])
+    assert "kv_cache" not in frame_job("faster-qwen3-tts", Case()).arguments
+    assert frame_job("hybrid+tq", Case(kv_cache="fp8")).labels["kv_cache"] == "fp8"
+
+
+def test_a_frame_reads_packed_bytes():
+    model = models._construct(*models._parts("1.7b")[1], torch.bfloat16, "meta").talker
+    nowhere = torch.zeros(1, dtype=torch.long, device="meta")
+    cache = TurboQuantKVCache(model.config, 1, 8192, torch.bfloat16, nowhere.device, "int4", Protect(), nowhere)
+    of_predictor = 5 * 4096 * sum(range(2, 17))
+    assert cache_bytes(model, 7999, 8, cache) == 8 * (28 * 68 * 4096 + 7932 * (4 * 4096 + 24 * 1056) + of_predictor)
+    assert cache_bytes(model, 50, 1, cache) == cache_bytes(model, 50)  # all of it in the window
+
+
+def test_random_keys_lose_what_theory_says():
+    states = synthetic.draw("gaussian", 2, 512, "cpu")
+    rows = {name: synthetic.measure(states, name, quality.BARE) for name in FORMATS}
+    assert rows["int4"]["kl"] == pytest.approx(0.0093 / 2, rel=0.1)  # half the variance that the distortion of 4 bits adds to a score
+    assert rows["int3"]["kl"] == pytest.approx(0.0339 / 2, rel=0.1)
+    assert rows["fp8"]["cosine"] > rows["int4"]["cosine"] > rows["k4v3"]["cosine"] > rows["int3"]["cosine"]
+    assert rows["int4"]["top1_clear"] > rows["int4"]["top1"]
+    assert synthetic.measure(states, "int3", Protect(window=512))["kl"] == 0
+    hard = synthetic.measure(synthetic.draw("outlier", 2, 512, "cpu"), "int4", quality.BARE)
+    assert hard["kl"] > 3 * rows["int4"]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("kl", "top1", "told"), [(0.02, 0.95, "passes"), (0.021, 1, "FAILS KL"), (0, 0.94, "FAILS top-1"), (1, 0, "FAILS KL and top-1")]
+)
+def test_the_verdict_says_which_limit_is_not_kept(kl, top1, told):
+    assert quality.verdict({"kl": kl, "top1": top1}) == told
+
+
+def test_speeches_are_compared_up_to_where_they_part():
+    codes = torch.arange(2 * 5 * 3).reshape(2, 5, 3)
+    others = codes.clone()
+    others[0, 2:] += 1
+    compared = free_running.compare(([5, 3], codes), ([4, 5], others), cap=5)
+    assert compared == {"lengths": [4, 5], "duration_ratio": 9 / 8, "at_cap": 0.5, "frames_until_parted": 2.5}
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Results stand in a folder of their own and name a machine; return the file of a name."""
+    named = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-25"}
+    for module in (attention, quality):
+        monkeypatch.setattr(module, "describe", lambda: named)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return lambda name: tmp_path / f"{name}.json"
+
+
+def test_quality_is_measured_on_the_embedded_model_and_shown(machine, capsys):
+    file = machine("quality")
+    assert quality.main(["--tiny", "--formats", "int4", "--frames", "6", "--seeds", "3", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["protected"] for row in rows if row["part"] == "model"] == ["default", "nothing", "layers", "sinks", "window"]
+    assert {row["keys"] for row in rows if row["part"] == "synthetic"} == set(synthetic.KEYS)
+    assert [row["format"] for row in rows if row["part"] == "free"] == ["bf16", "bf16", "int4"] and rows[-1]["lengths"]
+    of = {row["protected"]: row for row in rows if row["part"] == "model"}
+    assert of["nothing"]["bytes_more"] == 0 < of["sinks"]["bytes_more"] < of["window"]["bytes_more"] < of["layers"]["bytes_more"]
+    assert of["default"]["kl"] < of["nothing"]["kl"] and of["default"]["apart"] < 1e-6
+    assert "int4, limits KL 0.02 and top-1 95%: gaussian keys " in capsys.readouterr().out
+    shown = tables.TABLES["quality"](tables.Results("quality"))
+    assert f"| `int4` | default | {of['default']['of_dense']:.0%} | {of['default']['cosine']:.4f} " in shown
+    file.write_text(file.read_text().replace('"part": "free"', '"part": "other"'))
+    with pytest.raises(LookupError, match="quality.json has no rows of the part free"):
+        tables.TABLES["quality"](tables.Results("quality"))
+
+
+def test_a_part_that_fails_does_not_end_the_others(monkeypatch, machine, capsys):
+    monkeypatch.setattr(synthetic, "draw", lambda *_: 1 / 0)
+    assert quality.main(["--tiny", "--parts", "synthetic", "free", "--formats", "fp8", "--frames", "3", "--seeds", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert "synthetic: FAILED ZeroDivisionError" in printed and "free      fp8" in printed
+
+
+def test_attention_is_checked_timed_and_shown(machine, capsys):
+    file = machine("attention")
+    assert attention.main(["--tiny", "--formats", "bf16", "int4", "int3", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["format"], row["position"]) for row in rows] == [("bf16", 200), ("int4", 200), ("int3", 200)]
+    assert [row["bytes"] for row in rows] == [201 * 4096, 68 * 4096 + 133 * 1056, 68 * 4096 + 133 * 800]
+    assert all(row["us"] > 0 and row["bf16_us"] == rows[0]["us"] for row in rows)
+    assert "format batch position" in capsys.readouterr().out
+    shown = tables.TABLES["quantized-attention"](tables.Results("attention"))
+    assert f"| 1 | 200 | {rows[0]['us']:.2f} | {rows[1]['us']:.2f} ({rows[0]['us'] / rows[1]['us']:.2f}x) |" in shown
+    with pytest.raises(SystemExit, match="2"):
+        attention.main(["--tiny", "--positions", "60"])
+
+
+def test_frames_over_each_cache_are_shown(machine):
+    def of(**medians):
+        return {label.replace("_", " "): figure(value, "") for label, value in medians.items()}
+
+    frames = of(frame=2.31, keys_and_values_read=64.4, cache=231.2)
+    named = {"job": "int4", "batch": 1, "slots": 8192, "kv_cache": "int4"}
+    rows = [
+        {**named, "row": "memory", "figures": {"allocated, frames": figure(4.04, "GiB")}},
+        {**named, "row": "frames at positions 512 to 612", "ms_per_frame": frames["frame"], "figures": frames},
+        {"job": "eager", "row": "frames at positions 64 to 164", "ms_per_frame": frames["frame"], "figures": of(frame=157)},
+    ]
+    content = {"machine": attention.describe(), "command": "python -m bench.speech", "rows": rows}
+    machine("caches").write_text(json.dumps(content))
+    lines = tables.TABLES["caches"](tables.Results("caches")).splitlines()
+    assert lines[4:] == ["| `int4` | 1 | 8192 | 512 | 2.31 | 64 | 231 | 4.04 |"]
+
+
+def wrong_result(kernel, *arguments):
+    return kernel(*arguments) * 1.1
+
+
+def wrong_codes(kernel, *arguments):
+    result = kernel(*arguments)
+    arguments[12][:, :, arguments[15]] ^= 1
+    return result
+
+
+@pytest.mark.parametrize("wrong", [wrong_result, wrong_codes])
+def test_wrong_attention_gets_no_time(wrong, monkeypatch, machine, capsys):
+    right = attention.kernel_of
+    monkeypatch.setattr(attention, "kernel_of", lambda name, device: partial(wrong, right(name, device)) if name == "int4" else right(name, device))
+    file = machine("attention")
+    assert attention.main(["--tiny", "--formats", "bf16", "int4", "--json", str(file)]) == 1
+    said = capsys.readouterr()
+    assert "int4, batch 1, position 200, {}: WRONG RESULT" in said.err and "failed" in said.out.splitlines()[-1]
+    with pytest.raises(LookupError, match="attention.json, int4: a failed check"):
+        tables.TABLES["quantized-attention"](tables.Results("attention"))
+
+
+@pytest.mark.parametrize("name", KV_CACHES)
+def test_every_launch_of_a_search_is_one_that_the_kernel_takes(name):
+    case = attention.Case("talker", attention.SLOTS, 512, attention.SECTIONS)
+    launches = list(attention.candidates(name, case, 32, 132))
+    (arguments,) = attention.build_arguments(name, case, 1, "meta", copies=1)
+    for launch in launches:
+        inspect.signature(attention.kernel_of(name, "cuda")).bind(*arguments, **launch)
+    assert {launch["block_m"] for launch in launches} == {1, 2} and {launch["num_warps"] for launch in launches} == {1, 2, 4, 8}
