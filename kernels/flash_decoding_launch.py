@@ -84,9 +84,12 @@ def expand_mask(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> torch.
 
 def _mask_rows(mask: torch.Tensor | None, block_m: int) -> int:
     """Count the different rows of an expanded mask among ``block_m`` rows of queries, in which tokens take turns."""
-    if mask is None or mask.stride(1) == mask.stride(2) == 0:
+    if mask is None:
         return 1
-    return mask.shape[2] if mask.stride(1) == 0 and block_m % mask.shape[2] == 0 else block_m
+    of_heads, of_tokens = (size == 1 or stride == 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3]))
+    if of_heads and of_tokens:
+        return 1
+    return mask.shape[2] if of_heads and block_m % mask.shape[2] == 0 else block_m
 
 
 def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
