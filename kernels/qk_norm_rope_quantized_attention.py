@@ -31,12 +31,12 @@ from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_atten
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, rotary_reference
 from qtts_compile.kernels.rows import with_unit_stride
-from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, rotated, unrotated, write_vector
+from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, rotated, unrotated
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers
 from qtts_compile.kernels.turboquant.pairs import check_pairs
 from qtts_compile.kernels.turboquant.read import quantized_kv_read_reference
-from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference
+from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference, write_vectors
 
 MAX_PARTS = 8  # programs for the kept tokens of a head
 
@@ -178,16 +178,19 @@ def _qk_norm_rope_quantized_attention_kernel(
             states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
         store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
     elif first_row == 0:
+        one = tl.zeros([1, 1], tl.int32)
         if part == N_PARTS:
             key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-            write_vector(
-                norm_rotate(key, k_weight, k_eps, angles, D), K_codes_ptr + row * k_codes_strides[2], K_scales_ptr + row * scales_strides[3],
-                K_kept_ptr, kept_strides[3], row, start, in_cache, D, K_BITS, True, SINKS, WINDOW,
+            write_vectors(
+                norm_rotate(key, k_weight, k_eps, angles, D)[None, :], K_codes_ptr + row * k_codes_strides[2] + one,
+                K_scales_ptr + row * scales_strides[3] + one, K_kept_ptr + one, kept_strides[3], in_cache & (one == 0), row, row, start,
+                K_BITS, True, SINKS, WINDOW,
             )  # fmt: skip
         else:
-            write_vector(
-                tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns), V_codes_ptr + row * v_codes_strides[2],
-                V_scales_ptr + row * scales_strides[3], V_kept_ptr, kept_strides[3], row, start, in_cache, D, V_BITS, False, SINKS, WINDOW,
+            value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
+            write_vectors(
+                value[None, :], V_codes_ptr + row * v_codes_strides[2] + one, V_scales_ptr + row * scales_strides[3] + one, V_kept_ptr + one,
+                kept_strides[3], in_cache & (one == 0), row, row, start, V_BITS, False, SINKS, WINDOW,
             )  # fmt: skip
     assert_in_cache(in_cache)
 
@@ -231,11 +234,6 @@ def qk_norm_rope_quantized_attention_triton(
     return partials.combine(out)
 
 
-def qk_norm_rope_quantized_attention_fake(q: torch.Tensor, *_: object) -> torch.Tensor:
-    """Allocate the result of :func:`qk_norm_rope_quantized_attention`."""
-    return decode_attention_fake(q)
-
-
 define_op(
     "qk_norm_rope_quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float q_eps, float k_eps, "
     "Tensor cos, Tensor sin, int[] sections, bool interleaved, "
@@ -244,5 +242,5 @@ define_op(
     check=check_qk_norm_rope_quantized_attention,
     cuda=qk_norm_rope_quantized_attention_triton,
     cpu=qk_norm_rope_quantized_attention_reference,
-    fake=qk_norm_rope_quantized_attention_fake,
+    fake=decode_attention_fake,
 )

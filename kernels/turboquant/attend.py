@@ -1,4 +1,4 @@
-"""Parts of attention over a quantised KV cache, for kernels to use: over codes, over kept tokens, and the write of a new one."""
+"""Parts of attention over a quantised KV cache, for kernels to use: over codes and over kept tokens."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
@@ -10,7 +10,6 @@ from triton import knobs
 
 from qtts_compile.kernels.flash_decoding import LOG2_E, attend, is_attended, is_old_key, load_biases, load_tile, look_ahead, no_keys_yet
 from qtts_compile.kernels.turboquant.decode import join_parts, load_parts
-from qtts_compile.kernels.turboquant.encode import encode_rows, is_storable, store_codes
 from qtts_compile.kernels.turboquant.kept import find_kept
 from qtts_compile.kernels.turboquant.rotation import rotate_rows, unrotate_rows
 
@@ -139,23 +138,6 @@ def attend_kept(
         v = load_tile(V_kept_ptr, kept_stride, rows, readable, D, D)
         states = attend(states, q_rows, k, v, biases)
     return states
-
-
-@triton.jit
-def write_vector(
-    x, Codes_ptr, Scale_ptr, Kept_ptr, kept_stride, row, start, is_writer,
-    D: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Store the new key or value ``[D]``: its codes, its scale, and ``x`` itself."""
-    columns = tl.arange(0, D)
-    is_sink, _ = find_kept(row, row, start, SINKS, WINDOW)
-    tl.store(Kept_ptr + (SINKS + row % WINDOW) * kept_stride + columns, x, mask=is_writer)
-    tl.store(Kept_ptr + (row - start) * kept_stride + columns, x, mask=is_writer & is_sink)
-    codes, scale = encode_rows(x.to(tl.float32)[None, :], BITS, UNBIASED)
-    one = tl.zeros([1, 1], tl.int32)
-    store_codes(Codes_ptr + one, codes, is_writer & (one == 0), BITS)
-    tl.store(Scale_ptr + one, scale.to(tl.float16), mask=is_writer & (one == 0))
-    tl.device_assert(is_storable(scale), "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
 
 
 @triton.jit

@@ -71,14 +71,12 @@ def check_quantized_kv_write(
 
 
 @triton.jit
-def _write_vectors(
-    X_ptr, Codes_ptr, Scales_ptr, Kept_ptr, kept_stride, in_bounds, in_cache, slot, last, start,
-    D: tl.constexpr, BITS: tl.constexpr, UNBIASED: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+def write_vectors(
+    x, Codes_ptr, Scales_ptr, Kept_ptr, kept_stride, writable, slot, last, start,
+    BITS: tl.constexpr, UNBIASED: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Write one token of the heads whose vectors begin at the pointers ``[N, 1]``."""
-    columns = tl.arange(0, D)[None, :]
-    x = tl.load(X_ptr + columns, mask=in_bounds, other=0.0)
-    writable = in_bounds & in_cache
+    """Write one token's vectors ``x`` ``[N, D]`` to the heads whose rows begin at the pointers ``[N, 1]``, where ``writable`` ``[N, 1]``."""
+    columns = tl.arange(0, x.shape[1])[None, :]
     is_sink, is_recent = find_kept(slot, last, start, SINKS, WINDOW)
     if SINKS > 0:
         tl.store(Kept_ptr + (slot - start) * kept_stride + columns, x, mask=writable & is_sink)
@@ -106,18 +104,19 @@ def _quantized_kv_write_kernel(
     start = tl.load(Start_ptr + batch * stride_start)
     Scales_ptr += batch * scales_strides[1] + heads * scales_strides[2] + slot * scales_strides[3]
     Kept_ptr += batch * kept_strides[1] + heads * kept_strides[2]
+    columns = tl.arange(0, D)[None, :]
     if tl.program_id(2) == 0:
-        _write_vectors(
-            K_ptr + batch * k_strides[0] + heads * k_strides[1] + token * k_strides[2],
-            K_codes_ptr + batch * k_codes_strides[0] + heads * k_codes_strides[1] + slot * k_codes_strides[2],
-            Scales_ptr, Kept_ptr, kept_strides[3], in_bounds, in_cache, slot, last, start, D, K_BITS, True, SINKS, WINDOW,
+        k = tl.load(K_ptr + batch * k_strides[0] + heads * k_strides[1] + token * k_strides[2] + columns, mask=in_bounds, other=0.0)
+        write_vectors(
+            k, K_codes_ptr + batch * k_codes_strides[0] + heads * k_codes_strides[1] + slot * k_codes_strides[2],
+            Scales_ptr, Kept_ptr, kept_strides[3], in_bounds & in_cache, slot, last, start, K_BITS, True, SINKS, WINDOW,
         )  # fmt: skip
     else:
-        _write_vectors(
-            V_ptr + batch * v_strides[0] + heads * v_strides[1] + token * v_strides[2],
-            V_codes_ptr + batch * v_codes_strides[0] + heads * v_codes_strides[1] + slot * v_codes_strides[2],
+        v = tl.load(V_ptr + batch * v_strides[0] + heads * v_strides[1] + token * v_strides[2] + columns, mask=in_bounds, other=0.0)
+        write_vectors(
+            v, V_codes_ptr + batch * v_codes_strides[0] + heads * v_codes_strides[1] + slot * v_codes_strides[2],
             Scales_ptr + scales_strides[0], Kept_ptr + kept_strides[0], kept_strides[3],
-            in_bounds, in_cache, slot, last, start, D, V_BITS, False, SINKS, WINDOW,
+            in_bounds & in_cache, slot, last, start, V_BITS, False, SINKS, WINDOW,
         )  # fmt: skip
 
 

@@ -20,11 +20,10 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from qtts_compile.patterns.graph import insert_mutating, keywords, operands, overload
-from qtts_compile.patterns.heads import heads_first, normed
+from qtts_compile.patterns.heads import rotated_heads
 from qtts_compile.patterns.scope import Scope
 
 NAME = "qk_norm_rope_kv_write"
-NO_EPS = 0.0
 
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
@@ -45,37 +44,18 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node) -> str | None:
         return None  # a growing cache, or a cache that this graph only reads: nothing to fuse with
     k_args, v_args = keywords(k_write), keywords(v_write)
     k_rope = k_args["src"]
-    if any(node.target is not torch.ops.qtts.rotary.default for node in (q_rope, k_rope)) or q_rope.args[1:] != k_rope.args[1:]:
-        return "queries and keys are not rotated by the same tables"
+    heads = rotated_heads(q_rope, k_rope)
+    if isinstance(heads, str):
+        return heads
     if k_args["position"] is not v_args["position"]:
         return "keys and values are written at different positions"
     if len(k_rope.users) > 1:
         return "the rotated keys are read elsewhere"
-    q, k = normed(q_rope.args[0]), normed(k_rope.args[0])
-    eps = [n.eps for n in (q, k) if n.eps is not None] or [NO_EPS]
-    if isinstance(eps[0], fx.Node) is not isinstance(eps[-1], fx.Node):
-        return "one eps is a number, the other a graph input"
     point = max(q_rope, k_write, v_write)
     if not all(point < user for node in (q_rope, k_cache, v_cache) for user in node.users):
         return "a result is read before both caches are written"
-    cos, sin, sections, interleaved = operands(q_rope)[1:]
-    arguments = dict(
-        q=heads_first(graph, point, q),
-        k=heads_first(graph, point, k),
-        v=v_args["src"],
-        q_weight=q.weight,
-        k_weight=k.weight,
-        q_eps=eps[0],
-        k_eps=eps[-1],
-        cos=cos,
-        sin=sin,
-        sections=sections,
-        interleaved=interleaved,
-        k_cache=k_args["cache"],
-        v_cache=v_args["cache"],
-        position=k_args["position"],
-    )
-    for old, new in zip((q_rope, k_cache, v_cache), insert_mutating(graph, point, overload(NAME, eps[0]), arguments, attention)):
+    arguments = heads.arguments(graph, point) | dict(v=v_args["src"], k_cache=k_args["cache"], v_cache=v_args["cache"], position=k_args["position"])
+    for old, new in zip((q_rope, k_cache, v_cache), insert_mutating(graph, point, overload(NAME, heads.q_eps), arguments, attention)):
         old.replace_all_uses_with(new)
     for node in (k_cache, v_cache, k_write, v_write, q_rope, k_rope):
         graph.erase_node(node)

@@ -20,13 +20,12 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 
 from qtts_compile.patterns.graph import insert_mutating, keywords, operands, overload, shape
-from qtts_compile.patterns.heads import heads_first, normed
+from qtts_compile.patterns.heads import rotated_heads
 from qtts_compile.patterns.linear import is_at_rest
 from qtts_compile.patterns.scope import Scope
 
 NAME = "qk_norm_rope_quantized_attention"
 BUFFERS = ("k_codes", "v_codes", "scales", "kept")
-NO_EPS = 0.0
 
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
@@ -53,31 +52,17 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node, read: fx.Node) -> str | Non
     if (written["start"], written["sinks"], written["format"]) != (start, sinks, format):
         return "the cache is read with other arguments than it is written with"
     k_rope = written["k"]
-    if any(node.target is not torch.ops.qtts.rotary.default for node in (q_rope, k_rope)) or q_rope.args[1:] != k_rope.args[1:]:
-        return "queries and keys are not rotated by the same tables"
-    q_normed, k_normed = normed(operands(q_rope)[0]), normed(operands(k_rope)[0])
-    eps = [n.eps for n in (q_normed, k_normed) if n.eps is not None] or [NO_EPS]
-    if isinstance(eps[0], fx.Node) is not isinstance(eps[-1], fx.Node):
-        return "one eps is a number, the other a graph input"
-    if not all(is_at_rest(weight) for weight in (q_normed.weight, k_normed.weight) if weight is not None):
+    heads = rotated_heads(q_rope, k_rope)
+    if isinstance(heads, str):
+        return heads
+    if not all(is_at_rest(weight) for weight in (heads.q.weight, heads.k.weight) if weight is not None):
         return "the weight of a norm is computed in the graph"
     read_elsewhere = len(q_rope.users) > 1 or len(k_rope.users) > 1 or set(read.users) != {k, v} or any(len(n.users) > 1 for n in (k, v))
     if read_elsewhere or not all(attention < user for buffer in buffers for user in buffer.users if user is not read):
         return "what this computes is read elsewhere too"
-    cos, sin, sections, interleaved = operands(q_rope)[1:]
     bases = written["_all_bases"]
-    arguments = dict(
-        q=heads_first(graph, attention, q_normed),
-        k=heads_first(graph, attention, k_normed),
+    arguments = heads.arguments(graph, attention) | dict(
         v=written["v"],
-        q_weight=q_normed.weight,
-        k_weight=k_normed.weight,
-        q_eps=eps[0],
-        k_eps=eps[-1],
-        cos=cos,
-        sin=sin,
-        sections=sections,
-        interleaved=interleaved,
         **{name: bases[written[f"_{name}_base_index"]] for name in BUFFERS},
         position=last,
         start=start,
@@ -87,7 +72,7 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node, read: fx.Node) -> str | Non
         mask=mask,
         scale=scale,
     )
-    new = insert_mutating(graph, attention, overload(NAME, eps[0]), arguments, attention)
+    new = insert_mutating(graph, attention, overload(NAME, heads.q_eps), arguments, attention)
     for old, result in zip((attention, *buffers), new, strict=True):
         old.replace_all_uses_with(result)
     for node in (attention, k, v, read, *buffers, write, q_rope, k_rope):
