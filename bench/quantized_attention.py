@@ -35,7 +35,6 @@ from qtts_compile.kernels.qk_norm_rope_quantized_attention import (
     qk_norm_rope_quantized_attention_triton,
 )
 from qtts_compile.kernels.turboquant.format import Format
-from qtts_compile.kernels.turboquant.pairs import centroid_pairs
 from qtts_compile.kernels.turboquant.write import quantized_kv_write
 from qtts_compile.options import KV_CACHES
 from qtts_compile.turboquant_cache import Protect
@@ -73,8 +72,8 @@ def build_arguments(name: str, case: Case, batch: int, device: str, copies: int 
     codes = (torch.zeros(copies, *shape, size, dtype=torch.uint8, device=device) for size in (parsed.key_bytes(WIDTH), parsed.value_bytes(WIDTH)))
     scales = torch.zeros(copies, 2, *shape, dtype=torch.float16, device=device)
     kept = torch.zeros(copies, 2, batch, K_HEADS, KEPT, WIDTH, dtype=torch.bfloat16, device=device)
-    start, pairs = torch.zeros(batch, dtype=torch.long, device=device), centroid_pairs(device)
-    rest = position, start, pairs, PROTECT.sinks, name, mask, WIDTH**-0.5
+    start = torch.zeros(batch, dtype=torch.long, device=device)
+    rest = position, start, PROTECT.sinks, name, mask, WIDTH**-0.5
     return [(*given, *buffers, *rest) for buffers in zip(*codes, scales, kept)]
 
 
@@ -125,10 +124,9 @@ def candidates(name: str, case: Case, batch: int, sms: int) -> Iterator[Launch]:
     """Yield the launch parameters that a search tries."""
     programs = batch * K_HEADS
     splits = sorted({max(1, min(64, case.slots // 64, per_sm * sms // programs)) for per_sm in (1, 2, 4, 8, 16)})
-    for n_splits, block_n, num_warps, block_m in itertools.product(splits, (16, 32, 64, 128), (1, 2, 4, 8), (1, 2)):
+    for n_splits, block_n, num_warps, block_m in itertools.product(splits, (16, 32, 64), (1, 2, 4), (1, 2)):
         if 512 <= block_n * WIDTH // num_warps <= 4096:  # more spill registers
-            for other in ({},) if name == "bf16" else ({}, {"together": True}):
-                yield dict(n_splits=n_splits, block_n=block_n, num_warps=num_warps, block_m=block_m, **other)
+            yield dict(n_splits=n_splits, block_n=block_n, num_warps=num_warps, block_m=block_m)
 
 
 def kernel_of(name: str, device: str) -> Callable[..., torch.Tensor]:

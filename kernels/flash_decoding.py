@@ -80,17 +80,12 @@ def no_keys_yet(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def attend(states, q_rows, k, v, biases, k_scales=None, v_scales=None):
-    """Add keys ``[N, BLOCK_D]`` to the states of the query rows ``[BLOCK_D]``, which are scaled by log2(e).
-
-    Keys and values count ``k_scales`` and ``v_scales`` ``[N]`` times, if those are given.
-    """
+def attend(states, q_rows, k, v, biases):
+    """Add keys ``[N, BLOCK_D]`` to the states of the query rows ``[BLOCK_D]``, which are scaled by log2(e)."""
     new_states = ()
     for m in tl.static_range(len(q_rows)):
         row_max, row_sum, out = states[m]
         scores = tl.sum(q_rows[m][None, :] * k.to(tl.float32), axis=1)
-        if k_scales is not None:
-            scores *= k_scales
         bias = biases[m % len(biases)]
         scores = tl.where(bias == float("-inf"), float("-inf"), scores + bias * LOG2_E)
         new_max = tl.maximum(row_max, tl.max(scores, axis=0))
@@ -98,8 +93,7 @@ def attend(states, q_rows, k, v, biases, k_scales=None, v_scales=None):
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.exp2(row_max - origin)
         weights = tl.exp2(scores - origin)
-        scaled = weights if v_scales is None else weights * v_scales
-        out = out * rescale + tl.sum(scaled[:, None] * v.to(tl.float32), axis=0)
+        out = out * rescale + tl.sum(weights[:, None] * v.to(tl.float32), axis=0)
         new_states = new_states + ((new_max, row_sum * rescale + tl.sum(weights, axis=0), out),)
     return new_states
 
@@ -202,6 +196,18 @@ def store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP: tl.constexp
 
 
 @triton.jit
+def load_weights(Max_ptr, Sum_ptr, split_rows, in_splits):
+    """Return how much each split counts of one row, ``[N]``, zero where it has no key."""
+    split_max = tl.load(Max_ptr + split_rows, mask=in_splits, other=float("-inf"))
+    split_sum = tl.load(Sum_ptr + split_rows, mask=in_splits, other=0.0)
+    row_max = tl.max(split_max, axis=0)
+    origin = tl.where(row_max == float("-inf"), 0.0, row_max)
+    rescale = tl.where(split_sum > 0, tl.exp2(split_max - origin), 0.0)
+    row_sum = tl.sum(split_sum * rescale, axis=0)
+    return rescale / tl.where(row_sum == 0, 1.0, row_sum)
+
+
+@triton.jit
 def combine_kernel(
     Partial_ptr, Max_ptr, Sum_ptr, Out_ptr, n_rows, n_splits,
     D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PDL: tl.constexpr,
@@ -213,13 +219,6 @@ def combine_kernel(
     in_width = columns < D
     split_rows = splits.to(tl.int64) * n_rows + row
     wait_for_inputs(HAS_PDL)
-    split_max = tl.load(Max_ptr + split_rows, mask=splits < n_splits, other=float("-inf"))
-    split_sum = tl.load(Sum_ptr + split_rows, mask=splits < n_splits, other=0.0)
-    row_max = tl.max(split_max, axis=0)
-    origin = tl.where(row_max == float("-inf"), 0.0, row_max)
-    rescale = tl.exp2(split_max - origin)
-    row_sum = tl.sum(split_sum * rescale, axis=0)
-    in_bounds = (split_sum > 0)[:, None] & in_width[None, :]
-    partial = tl.load(Partial_ptr + split_rows[:, None] * D + columns[None, :], mask=in_bounds, other=0.0)
-    out = tl.sum(partial * rescale[:, None], axis=0) / tl.where(row_sum == 0, 1.0, row_sum)
-    tl.store(Out_ptr + row * D + columns, out.to(Out_ptr.dtype.element_ty), mask=in_width)
+    weights = load_weights(Max_ptr, Sum_ptr, split_rows, splits < n_splits)
+    partial = tl.load(Partial_ptr + split_rows[:, None] * D + columns[None, :], mask=(weights > 0)[:, None] & in_width[None, :], other=0.0)
+    tl.store(Out_ptr + row * D + columns, tl.sum(partial * weights[:, None], axis=0).to(Out_ptr.dtype.element_ty), mask=in_width)

@@ -19,6 +19,8 @@ from qtts_compile.kernels.flash_decoding import (
     is_row,
     load_biases,
     locate_rows,
+    look_ahead,
+    no_keys_yet,
     row_offset,
     store_rows,
 )
@@ -31,12 +33,12 @@ from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_atten
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, rotary_reference
 from qtts_compile.kernels.rows import with_unit_stride
-from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, rotated, unrotated
+from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, rotated, store_codes_states
+from qtts_compile.kernels.turboquant.combine import combine
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers
-from qtts_compile.kernels.turboquant.pairs import check_pairs
 from qtts_compile.kernels.turboquant.read import quantized_kv_read_reference
-from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference, write_vectors
+from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference, write_vector
 
 MAX_PARTS = 8  # programs for the kept tokens of a head
 
@@ -59,7 +61,6 @@ def qk_norm_rope_quantized_attention(
     kept: torch.Tensor,
     position: torch.Tensor,
     start: torch.Tensor,
-    pairs: torch.Tensor,
     sinks: int,
     format: str,
     mask: torch.Tensor | None,
@@ -79,7 +80,7 @@ def qk_norm_rope_quantized_attention(
     """
     return torch.ops.qtts.qk_norm_rope_quantized_attention.default(
         q, k, v, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved,
-        k_codes, v_codes, scales, kept, position, start, pairs, sinks, format, mask, scale,
+        k_codes, v_codes, scales, kept, position, start, sinks, format, mask, scale,
     )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def qk_norm_rope_quantized_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
-    pairs: torch.Tensor, sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+    sinks: int, format: str, mask: torch.Tensor | None, scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """Compute :func:`qk_norm_rope_quantized_attention` in plain PyTorch."""
     q, k = (
@@ -96,7 +97,7 @@ def qk_norm_rope_quantized_attention_reference(
     )
     last = position % k_codes.shape[2]
     quantized_kv_write_reference(k, v, k_codes, v_codes, scales, kept, position, last, start, sinks, format)
-    keys, values = quantized_kv_read_reference(k_codes, v_codes, scales, kept, last, start, pairs, sinks, format)
+    keys, values = quantized_kv_read_reference(k_codes, v_codes, scales, kept, last, start, sinks, format)
     return decode_attention_reference(q, keys, values, mask, scale)
 
 
@@ -104,11 +105,10 @@ def check_qk_norm_rope_quantized_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
-    pairs: torch.Tensor, sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+    sinks: int, format: str, mask: torch.Tensor | None, scale: float,
 ) -> None:  # fmt: skip
     """Raise ``TypeError`` or ``ValueError`` unless :func:`qk_norm_rope_quantized_attention` accepts the arguments."""
     check_buffers(k_codes, v_codes, scales, kept, position, start, sinks, format, name_of_last="position")
-    check_pairs(pairs, "kept", kept)
     if kept.shape[3] <= sinks:
         raise ValueError(f"kept must have room for the new token beside its {sinks} sinks, got {tuple(kept.shape)}; call quantized_kv_write")
     check_qk_norm_rope_attention(q, k, v, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, kept[0], kept[1], position, None, scale)
@@ -118,13 +118,13 @@ def check_qk_norm_rope_quantized_attention(
 @triton.jit
 def _qk_norm_rope_quantized_attention_kernel(
     Q_ptr, K_ptr, V_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr, Position_ptr, Start_ptr,
-    Pairs_ptr, Mask_ptr, Out_ptr, Max_ptr, Sum_ptr, H_k, S, q_eps, k_eps, scale, stride_start,
+    Mask_ptr, Out_ptr, Max_ptr, Sum_ptr, H_k, S, q_eps, k_eps, scale, stride_start,
     q_strides, k_strides, v_strides, k_codes_strides, v_codes_strides, scales_strides, kept_strides, mask_strides, angle_strides,
     T: tl.constexpr, HAS_SECTIONS: tl.constexpr, IS_INTERLEAVED: tl.constexpr, AXIS_1: tl.constexpr, AXIS_2: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK_ROWS: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr, IS_ONE_TILE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    N_PARTS: tl.constexpr, IS_TOGETHER: tl.constexpr, HAS_PDL: tl.constexpr,
+    N_PARTS: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     place = locate_rows(T, H_k, GROUP, BLOCK_M)
@@ -141,56 +141,61 @@ def _qk_norm_rope_quantized_attention_kernel(
     V_kept_ptr = K_kept_ptr + kept_strides[0]
     wait_for_inputs(HAS_PDL)
 
-    row, in_cache = cache_row(Position_ptr, 0, 0, S)
-    start = tl.load(Start_ptr + batch * stride_start)
-    q_heads = ()
-    for m in tl.static_range(BLOCK_M):
-        q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), is_row(place, m, GROUP), columns, partners),)
-    offset = batch * angle_strides[1]
-    angles = load_angles(Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
-    q_rows = ()
-    for m in tl.static_range(BLOCK_M):
-        q_rows = q_rows + (norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E),)
-
     # Codes, kept tokens and the write each have programs of their own: in one, its single warp would go through three times the code.
     n_splits = tl.num_programs(1) - N_PARTS - 2
     part = tl.program_id(1) - n_splits
-    if part < 0:
-        q_codes = ()
+    row, in_cache = cache_row(Position_ptr, 0, 0, S)
+    start = tl.load(Start_ptr + batch * stride_start)
+    offset = batch * angle_strides[1]
+    angles = load_angles(Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+    if part < N_PARTS:
+        q_heads = ()
         for m in tl.static_range(BLOCK_M):
-            q_codes = q_codes + (rotated(q_rows[m], K_BITS),)
-        states = attend_codes(
-            q_codes, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_codes_strides[2], v_codes_strides[2], scales_strides[3],
-            Pairs_ptr, Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR,
-            K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty if IS_TOGETHER else None,
-        )  # fmt: skip
-        store_rows(unrotated(states, V_BITS), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
-    elif part < N_PARTS:
-        states = attend_kept(
-            q_rows, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
-            GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
-        )  # fmt: skip
-        if part == N_PARTS - 1:  # which has the fewest kept tokens
-            key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-            value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
-            biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
-            k = norm_rotate(key, k_weight, k_eps, angles, D)
-            states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
-        store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+            q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), is_row(place, m, GROUP), columns, partners),)
+        live_bits = 1
+        if part < 0:
+            live_bits = look_ahead(0, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        if N_LOOKS > 1 or live_bits != 0:
+            q_rows = ()
+            for m in tl.static_range(BLOCK_M):
+                q_rows = q_rows + (norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E),)
+            if part < 0:
+                q_codes = ()
+                for m in tl.static_range(BLOCK_M):
+                    q_codes = q_codes + (rotated(q_rows[m], K_BITS),)
+                code_states = attend_codes(
+                    q_codes, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
+                    k_codes_strides[2], v_codes_strides[2], scales_strides[3],
+                    Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR,
+                    K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty,
+                )  # fmt: skip
+                store_codes_states(code_states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, V_BITS)
+            else:
+                states = attend_kept(
+                    q_rows, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
+                    GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
+                )  # fmt: skip
+                if part == N_PARTS - 1:  # which has the fewest kept tokens
+                    key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
+                    value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
+                    biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
+                    k = norm_rotate(key, k_weight, k_eps, angles, D)
+                    states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
+                store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+        else:
+            store_rows(no_keys_yet(BLOCK_M, D), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
     elif first_row == 0:
-        one = tl.zeros([1, 1], tl.int32)
         if part == N_PARTS:
             key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-            write_vectors(
-                norm_rotate(key, k_weight, k_eps, angles, D)[None, :], K_codes_ptr + row * k_codes_strides[2] + one,
-                K_scales_ptr + row * scales_strides[3] + one, K_kept_ptr + one, kept_strides[3], in_cache & (one == 0), row, row, start,
-                K_BITS, True, SINKS, WINDOW,
+            write_vector(
+                norm_rotate(key, k_weight, k_eps, angles, D), K_codes_ptr + row * k_codes_strides[2], K_scales_ptr + row * scales_strides[3],
+                K_kept_ptr, kept_strides[3], in_cache, row, row, start, K_BITS, True, SINKS, WINDOW,
             )  # fmt: skip
         else:
             value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
-            write_vectors(
-                value[None, :], V_codes_ptr + row * v_codes_strides[2] + one, V_scales_ptr + row * scales_strides[3] + one, V_kept_ptr + one,
-                kept_strides[3], in_cache & (one == 0), row, row, start, V_BITS, False, SINKS, WINDOW,
+            write_vector(
+                value, V_codes_ptr + row * v_codes_strides[2], V_scales_ptr + row * scales_strides[3],
+                V_kept_ptr, kept_strides[3], in_cache, row, row, start, V_BITS, False, SINKS, WINDOW,
             )  # fmt: skip
     assert_in_cache(in_cache)
 
@@ -199,14 +204,13 @@ def qk_norm_rope_quantized_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
-    pairs: torch.Tensor, sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+    sinks: int, format: str, mask: torch.Tensor | None, scale: float,
     n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None,
-    together: bool | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernels of :func:`qk_norm_rope_quantized_attention`; see :func:`plan_launch` for what overrides its choices.
 
-    ``together`` sends the rows of a program to the tensor cores, which round queries and weights to their dtype. It takes half precision, 8 rows
-    at most and a mask that is the same for all heads; where that does not hold it is a ``ValueError``.
+    ``block_m`` is at most 8, the rows that the tensor cores take at once, and ``block_n`` at least 16. Chosen are all rows of a key head, 32 keys
+    and one warp: with more, a tile goes through shared memory on its way to the tensor cores.
     """
     out = decode_attention_fake(q)
     if out.numel() == 0:
@@ -215,29 +219,30 @@ def qk_norm_rope_quantized_attention_triton(
     mask = expand_mask(mask, q, k_codes.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
     parsed = Format.parse(format)
+    block_m = block_m or min(COLUMNS.value, triton.next_power_of_2(q.shape[1] // k.shape[1]))
+    block_n, num_warps = block_n or 32, num_warps or 1
+    if block_m > COLUMNS.value or block_n < 16:
+        raise ValueError(f"block_m must be at most {COLUMNS.value} and block_n at least 16, got {block_m} and {block_n}")
     n_parts = min(MAX_PARTS, triton.cdiv(kept.shape[3], KEPT_TILE.value))
     grid, options = plan_launch(q, k_codes, mask, n_splits, block_n, num_warps, block_m)
     if n_splits is None and grid[1] + n_parts > MAX_SPLITS:
         grid, options = plan_launch(q, k_codes, mask, MAX_SPLITS - n_parts, block_n, num_warps, block_m)
-    can_be_together = q.dtype != torch.float32 and options["MASK_ROWS"] == 1 and options["BLOCK_M"] <= COLUMNS.value
-    if together and not can_be_together:
-        raise ValueError(f"together takes half precision, at most 8 rows and one mask for all heads, got {q.dtype}, {options}")
     partials = Partials.empty(out, grid[1] + n_parts)
     _qk_norm_rope_quantized_attention_kernel[grid[0], grid[1] + n_parts + 2](
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start,
-        pairs, mask, *partials, k.shape[1], k_codes.shape[2], q_eps, k_eps, scale, start.stride(0),
+        mask, *partials, k.shape[1], k_codes.shape[2], q_eps, k_eps, scale, start.stride(0),
         q.stride(), k.stride(), v.stride(), k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), mask_strides(mask),
         (angles.stride_axis, angles.stride_batch, angles.stride_token), **angles.constants, **options,
         K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks,
-        N_PARTS=n_parts, IS_TOGETHER=bool(together), debug=True, sanitize_overflow=False,
+        N_PARTS=n_parts, debug=True, sanitize_overflow=False,
     )  # fmt: skip
-    return partials.combine(out)
+    return combine(partials, out, grid[1], parsed.v_bits)
 
 
 define_op(
     "qk_norm_rope_quantized_attention(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float q_eps, float k_eps, "
     "Tensor cos, Tensor sin, int[] sections, bool interleaved, "
-    "Tensor(a!) k_codes, Tensor(b!) v_codes, Tensor(c!) scales, Tensor(d!) kept, Tensor position, Tensor start, Tensor pairs, "
+    "Tensor(a!) k_codes, Tensor(b!) v_codes, Tensor(c!) scales, Tensor(d!) kept, Tensor position, Tensor start, "
     "int sinks, str format, Tensor? mask, float scale) -> Tensor",
     check=check_qk_norm_rope_quantized_attention,
     cuda=qk_norm_rope_quantized_attention_triton,

@@ -11,7 +11,6 @@ from transformers import Cache
 
 from qtts_compile.cache import StaticKVCache, View, add_buffer
 from qtts_compile.kernels.turboquant.format import Format
-from qtts_compile.kernels.turboquant.pairs import centroid_pairs
 from qtts_compile.kernels.turboquant.read import quantized_kv_read
 from qtts_compile.kernels.turboquant.write import quantized_kv_write
 from qtts_compile.options import KV_CACHES
@@ -54,7 +53,7 @@ class TurboQuantKVCache(StaticKVCache):
 
     Buffers of a quantised layer i: ``k_codes_i``, ``v_codes_i`` uint8 ``[batch, kv_heads, slots, bytes]`` as
     :class:`qtts_compile.kernels.turboquant.format.Format` says, ``scales_i`` float16 ``[2, batch, kv_heads, slots]`` and ``kept_i``
-    ``[2, batch, kv_heads, sinks + window, head_dim]`` of ``dtype``. Shared by all: ``pairs`` (see ``centroid_pairs``) and ``start``.
+    ``[2, batch, kv_heads, sinks + window, head_dim]`` of ``dtype``. Shared by all: ``start``.
 
     Args:
         config, batch, slots, dtype, device: as of :class:`StaticKVCache`.
@@ -68,7 +67,6 @@ class TurboQuantKVCache(StaticKVCache):
     """
 
     start: Tensor
-    pairs: Tensor
 
     def __init__(
         self, config: Any, batch: int, slots: int, dtype: torch.dtype, device: torch.device, format: str, protect: Protect, start: Tensor
@@ -85,7 +83,6 @@ class TurboQuantKVCache(StaticKVCache):
             add_buffer(self, f"scales_{layer}", (2, batch, heads, slots), torch.float16, device)
             add_buffer(self, f"kept_{layer}", (2, batch, heads, protect.sinks + protect.window, head_dim), dtype, device)
         self.register_buffer("start", start, persistent=False)
-        self.register_buffer("pairs", centroid_pairs(device), persistent=False)
 
     def step(self, positions: Tensor) -> View:
         """Return the view that writes one token to the slot ``positions`` ``[1]`` and attends over all slots.
@@ -101,7 +98,7 @@ class TurboQuantKVCache(StaticKVCache):
         if index not in self.quantized_layers:
             return super().layer(index, view)
         buffers = tuple(self.get_buffer(f"{name}_{index}") for name in BUFFERS)
-        return QuantizedLayerView(buffers, view, self.start, self.pairs, self.protect.sinks, self.format.name)
+        return QuantizedLayerView(buffers, view, self.start, self.protect.sinks, self.format.name)
 
     @property
     def bytes_per_token(self) -> int:
@@ -120,10 +117,10 @@ class TurboQuantKVCache(StaticKVCache):
 
 
 class QuantizedLayerView(Cache):
-    """One quantised layer: its ``buffers``, ``start``, ``pairs``, ``sinks`` and ``format`` are those of :func:`quantized_kv_read`."""
+    """One quantised layer: its ``buffers``, ``start``, ``sinks`` and ``format`` are those of :func:`quantized_kv_read`."""
 
-    def __init__(self, buffers: tuple[Tensor, ...], view: View, start: Tensor, pairs: Tensor, sinks: int, format: str) -> None:
-        self.buffers, self.start, self.pairs, self.sinks, self.format = buffers, start, pairs, sinks, format
+    def __init__(self, buffers: tuple[Tensor, ...], view: View, start: Tensor, sinks: int, format: str) -> None:
+        self.buffers, self.start, self.sinks, self.format = buffers, start, sinks, format
         self.positions, self.last, self.whole = view.positions, view.last, view.whole
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -131,7 +128,7 @@ class QuantizedLayerView(Cache):
         quantized_kv_write(key_states, value_states, k_codes, v_codes, scales, kept, self.positions, self.last, self.start, self.sinks, self.format)
         if not self.whole:
             return key_states, value_states
-        return quantized_kv_read(k_codes, v_codes, scales, kept, self.last, self.start, self.pairs, self.sinks, self.format)
+        return quantized_kv_read(k_codes, v_codes, scales, kept, self.last, self.start, self.sinks, self.format)
 
 
 def make_cache(

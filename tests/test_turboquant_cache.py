@@ -113,7 +113,7 @@ def test_buffers_are_what_the_format_takes(format, dtype):
     shared = 320 * 4 + len(STARTS) * 8
     assert cache.allocated_bytes == len(STARTS) * (SLOTS * cache.bytes_per_token + kept) + shared
     # No dense copy of a quantised layer, and nothing else.
-    names = {f"{name}_{layer}" for layer in cache.quantized_layers for name in BUFFERS} | {"keys_0", "values_0", "start", "pairs"}
+    names = {f"{name}_{layer}" for layer in cache.quantized_layers for name in BUFFERS} | {"keys_0", "values_0", "start"}
     assert {name for name, _ in cache.named_buffers()} == names
     assert all(value.dtype == torch.uint8 for name, value in cache.named_buffers() if "codes" in name)
     assert cache.allocated_bytes < cache_of(config, "bf16", dtype=dtype).allocated_bytes + kept * len(STARTS) + shared

@@ -1,4 +1,8 @@
-"""Parts of attention over a quantised KV cache, for kernels to use: over codes and over kept tokens."""
+"""Parts of attention over a quantised KV cache, for kernels to use: over codes, on the tensor cores, and over kept tokens.
+
+Tiles are laid out so that what a lane loads is what the tensor cores want from it (the fragments of mma.m16n8k16, PTX ISA): keys, values and the
+weights between them never leave their lanes. Coordinates are in the order of these fragments, which is a permutation of the bits of their index.
+"""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
 # pyright: reportAttributeAccessIssue=false
@@ -8,106 +12,169 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from qtts_compile.kernels.flash_decoding import LOG2_E, attend, is_attended, is_old_key, load_biases, load_tile, look_ahead, no_keys_yet
-from qtts_compile.kernels.turboquant.decode import join_parts, load_parts
+from qtts_compile.kernels.flash_decoding import LOG2_E, attend, is_attended, is_old_key, load_biases, load_tile, look_ahead, no_keys_yet, row_offset
+from qtts_compile.kernels.turboquant.decode import decode_words, load_words, words_of
 from qtts_compile.kernels.turboquant.kept import find_kept
-from qtts_compile.kernels.turboquant.rotation import rotate_rows, unrotate_rows
+from qtts_compile.kernels.turboquant.rotation import rotate_row
 
 KEPT_TILE = tl.constexpr(16)
-COLUMNS = tl.constexpr(8)  # the fewest that the tensor cores take
+COLUMNS = tl.constexpr(8)  # rows of queries that the tensor cores take at once
 IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit
 def load_codes(
-    tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Pairs_ptr,
+    tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
     Mask_ptr, mask_strides, place, S, row, start,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, FLOOR: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Return keys and values ``[BLOCK_N, D]`` of a tile without their scales, the biases, and the scales; what is kept elsewhere is excluded."""
-    keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Load a tile of ``BLOCK_N`` keys: the words of keys and of values, their scales and biases.
+
+    Codes do not wait for the mask: whatever they hold is finite, and without a scale it counts for nothing.
+    """
+    first = tile.to(tl.int64) * BLOCK_N
+    keys = first + tl.arange(0, BLOCK_N)
+    K_WIDTH: tl.constexpr = words_of(D, K_BITS)
+    k_columns = tl.arange(0, K_WIDTH)[None, :]
+    k_words = load_words(K_codes_ptr + keys[:, None] * k_stride, k_columns, (keys < S)[:, None], D, K_BITS, (1, max(1, K_WIDTH // 4)))
+    # A value's row is shared by up to eight lanes that are four apart; the four between them have other keys.
+    V_WIDTH: tl.constexpr = words_of(D, V_BITS)
+    RUN: tl.constexpr = V_WIDTH // value_lanes(V_WIDTH)
+    turn = tl.arange(0, BLOCK_N // 4)[None, None, :, None]
+    v_keys = first + turn // 4 * 16 + tl.arange(0, 4)[:, None, None, None] * 4 + turn % 4
+    v_columns = tl.arange(0, V_WIDTH // RUN)[None, :, None, None] * RUN + tl.arange(0, RUN)[None, None, None, :]
+    v_words = load_words(V_codes_ptr + v_keys * v_stride, v_columns, v_keys < S, D, V_BITS, (1, 1, 1, RUN))
     is_sink, is_recent = find_kept(keys, row, start, SINKS, WINDOW)
     is_code = is_old_key(keys, S, (row,)) & ~is_sink & ~is_recent
     biases = load_biases(Mask_ptr, mask_strides, place, keys, is_code, GROUP, MASK_ROWS, FLOOR)
     readable = is_attended(biases)
-    k = join_parts(load_parts(K_codes_ptr + keys[:, None] * k_stride, readable[:, None], Pairs_ptr, D, K_BITS))
-    v = join_parts(load_parts(V_codes_ptr + keys[:, None] * v_stride, readable[:, None], Pairs_ptr, D, V_BITS))
     k_scale = tl.load(K_scales_ptr + keys * scale_stride, mask=readable, other=0.0).to(tl.float32)
     v_scale = tl.load(V_scales_ptr + keys * scale_stride, mask=readable, other=0.0).to(tl.float32)
-    return k, v, biases, k_scale, v_scale
+    return k_words, v_words, k_scale, v_scale, biases
 
 
 @triton.jit
 def attend_codes(
-    q_rows, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Pairs_ptr,
+    q_rows, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
     Mask_ptr, mask_strides, place, S, row, start,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr,
     FLOOR: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return the states of rotated queries after what is only there as codes, in this one's tiles of ``n_splits`` programs of one head.
+    """Return the states of rotated queries ``[D]`` after what is only there as codes, in this one's tiles of ``n_splits`` programs of one head.
 
-    With a half-precision ``DTYPE`` queries and weights are rounded to it, and all rows, which then share their biases, go to the tensor cores
-    at once; with None nothing is rounded.
+    ``live_bits`` is the first look ahead. Queries and weights are rounded to ``DTYPE``. The states are maxima ``[COLUMNS]``, sums ``[COLUMNS]`` and
+    outputs ``[D, COLUMNS]`` of which row i is coordinate :func:`value_coordinate` (i).
     """
-    states = no_keys_yet(len(q_rows), D)
-    together = no_rows_yet(D)
-    q_columns = tl.zeros([D, COLUMNS], tl.float32)
+    # Not as columns from the start: Triton would compute the rotation in their layout, which each value takes eight times.
+    q = tl.zeros([COLUMNS, D], tl.float32)
     for m in tl.static_range(len(q_rows)):
-        q_columns = tl.where((tl.arange(0, COLUMNS) == m)[None, :], q_rows[m][:, None], q_columns)
-    live_bits = look_ahead(0, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        q = tl.where((tl.arange(0, COLUMNS) == m)[:, None], in_key_order(q_rows[m], 1, D), q)
+    q = tl.trans(_rounded(q, DTYPE))
+    states = tl.full([COLUMNS], float("-inf"), tl.float32), tl.zeros([COLUMNS], tl.float32), tl.zeros([D, COLUMNS], tl.float32)
+    # The next tile is requested before a tile is computed.
+    tile = tl.program_id(1)
+    loaded = load_codes(
+        tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
+        Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, FLOOR, K_BITS, V_BITS, SINKS, WINDOW,
+    )  # fmt: skip
     for look in range(N_LOOKS):
         next_bits = 0
         if N_LOOKS > 1:
             next_bits = look_ahead(look + 1, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
         for i in range(LOOK_AHEAD):
-            if (live_bits >> i) & 1:
-                tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * n_splits
-                k, v, biases, k_scale, v_scale = load_codes(
-                    tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Pairs_ptr,
+            tile += n_splits
+            is_next_live = ((live_bits >> (i + 1)) & 1) != 0
+            if N_LOOKS > 1:
+                is_next_live = tl.where(i + 1 < LOOK_AHEAD, is_next_live, (next_bits & 1) != 0)
+            following = loaded
+            if is_next_live:
+                following = load_codes(
+                    tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
                     Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, FLOOR, K_BITS, V_BITS, SINKS, WINDOW,
                 )  # fmt: skip
-                if DTYPE is None:
-                    states = attend(states, q_rows, k, v, biases, k_scale, v_scale)
-                else:
-                    together = attend_together(together, q_columns, k, v, biases[0], k_scale, v_scale, DTYPE)
+            if (live_bits >> i) & 1:
+                states = attend_tile(states, q, loaded, K_BITS, V_BITS, DTYPE)
+            loaded = following
         live_bits = next_bits
-    if DTYPE is not None:
-        states = apart(together, len(q_rows))
     return states
 
 
 @triton.jit
-def no_rows_yet(D: tl.constexpr):
-    """Return the states of :func:`attend_together` before the first key."""
-    return tl.full([COLUMNS], float("-inf"), tl.float32), tl.zeros([COLUMNS], tl.float32), tl.zeros([D, COLUMNS], tl.float32)
-
-
-@triton.jit
-def attend_together(states, q_columns, k, v, bias, k_scale, v_scale, DTYPE: tl.constexpr):
-    """Add keys ``[N, D]``, with one bias ``[N]`` for all, to the states of queries ``[D, COLUMNS]``, on the tensor cores in ``DTYPE``."""
+def attend_tile(states, q, loaded, K_BITS: tl.constexpr, V_BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Add a tile of :func:`load_codes` to the states of queries ``[D, COLUMNS]``, which are scaled by log2(e)."""
+    k_words, v_words, k_scale, v_scale, biases = loaded
     row_max, row_sum, out = states
-    scores = tl.dot(_rounded(k, DTYPE), _rounded(q_columns, DTYPE)) * k_scale[:, None]
-    scores = tl.where((bias == float("-inf"))[:, None], float("-inf"), scores + (bias * LOG2_E)[:, None])
+    N: tl.constexpr = k_scale.shape[0]
+    D: tl.constexpr = q.shape[0]
+    scores = _dot(in_key_order(decode_words(k_words, K_BITS, DTYPE), N, D), q) * k_scale[:, None]
+    scores = _biased(scores, biases)
     new_max = tl.maximum(row_max, tl.max(scores, axis=0))
+    # A row without a live key so far has no maximum to subtract: inf - inf would be NaN.
     origin = tl.where(new_max == float("-inf"), 0.0, new_max)
     rescale = tl.exp2(row_max - origin)
     weights = tl.exp2(scores - origin[None, :])
     row_sum = row_sum * rescale + tl.sum(weights, axis=0)
-    out = tl.dot(tl.trans(_rounded(v, DTYPE)), _rounded(weights * v_scale[:, None], DTYPE), out * rescale[None, :])
+    values = in_value_order(decode_words(v_words, V_BITS, DTYPE), N, D, value_lanes(words_of(D, V_BITS)))
+    out *= rescale[None, :]
+    if DTYPE == tl.float16:  # in units of the largest scale, or small ones would vanish
+        unit = tl.maximum(tl.max(v_scale, axis=0), 1e-30)
+        out += _dot(values, _rounded(weights * (v_scale / unit)[:, None], DTYPE)) * unit
+    else:
+        out = _dot(values, _rounded(weights * v_scale[:, None], DTYPE), out)
     return new_max, row_sum, out
 
 
 @triton.jit
-def apart(states, ROWS: tl.constexpr):
-    """Return the states of the first rows of :func:`attend_together`, one by one."""
+def _biased(scores, biases):
+    """Add the biases, which take turns among the columns, to scores ``[N, COLUMNS]``."""
+    turns = tl.arange(0, COLUMNS) % len(biases)
+    bias = tl.broadcast_to(biases[0][:, None], scores.shape)
+    for m in tl.static_range(1, len(biases)):
+        bias = tl.where((turns == m)[None, :], biases[m][:, None], bias)
+    return tl.where(bias == float("-inf"), float("-inf"), scores + bias * LOG2_E)
+
+
+@triton.jit
+def in_key_order(x, N: tl.constexpr, D: tl.constexpr):
+    """Permute the coordinates of ``N`` rows, ``[N, D]``: each of four lanes has a quarter, of which the tensor cores take four at a time."""
+    return tl.reshape(tl.permute(tl.reshape(x, [N, 4, D // 16, 4]), (0, 2, 1, 3)), [N, D])
+
+
+@triton.constexpr_function
+def value_lanes(width):
+    """Return how many lanes share a value that has so many words."""
+    return min(8, width)
+
+
+@triton.jit
+def in_value_order(x, N: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr):
+    """Transpose ``N`` values as :func:`load_codes` loads them, ``[4, LANES, N / 4, D / LANES]``, into the order of their keys: ``[D, N]``."""
+    x = tl.permute(tl.reshape(x, [4, LANES, N // 16, 4, D // LANES]), (4, 1, 2, 0, 3))
+    return tl.reshape(x, [D, N])
+
+
+@triton.jit
+def value_coordinate(i, D: tl.constexpr, LANES: tl.constexpr):
+    """Return the coordinate that :func:`in_value_order` puts in the place ``i``."""
+    return i % LANES * (D // LANES) + i // LANES
+
+
+@triton.jit
+def store_codes_states(
+    states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, V_BITS: tl.constexpr
+):
+    """Store what a split of :func:`attend_codes` contributes, rotated as values are."""
     row_max, row_sum, out = states
-    rows = ()
-    for m in tl.static_range(ROWS):
-        is_row = tl.arange(0, COLUMNS) == m
-        largest = tl.max(tl.where(is_row, row_max, float("-inf")), axis=0)
-        rows = rows + ((largest, tl.sum(tl.where(is_row, row_sum, 0.0), axis=0), tl.sum(tl.where(is_row[None, :], out, 0.0), axis=1)),)
-    return rows
+    _, _, first_row, T = place
+    columns = tl.arange(0, COLUMNS)
+    in_rows = (columns < BLOCK_M) & (first_row + columns < GROUP * T)
+    n_rows = tl.num_programs(0) // tl.cdiv(GROUP * T, BLOCK_M) * GROUP * T
+    out_rows = tl.program_id(1).to(tl.int64) * n_rows + row_offset(place, columns, (T * H_k * GROUP, 1, H_k * GROUP), GROUP)
+    tl.store(Max_ptr + out_rows, row_max, mask=in_rows)
+    tl.store(Sum_ptr + out_rows, row_sum, mask=in_rows)
+    coordinates = value_coordinate(tl.arange(0, D), D, value_lanes(words_of(D, V_BITS)))
+    tl.store(Out_ptr + out_rows[None, :] * D + coordinates[:, None], out, mask=(in_rows & (row_sum > 0))[None, :])
 
 
 @triton.jit
@@ -116,6 +183,14 @@ def _rounded(x, DTYPE: tl.constexpr):
         return x.to(DTYPE).to(tl.float32)
     else:
         return x.to(DTYPE)
+
+
+@triton.jit
+def _dot(a, b, c=None):
+    if IS_INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
+    else:
+        return tl.dot(a, b, c, input_precision="ieee")
 
 
 @triton.jit
@@ -144,17 +219,5 @@ def attend_kept(
 def rotated(x, BITS: tl.constexpr):
     """Rotate one row ``[D]`` as codes of so many bits are."""
     if BITS < 8:
-        x = tl.reshape(rotate_rows(x[None, :]), [x.shape[0]])
+        x = rotate_row(x)
     return x
-
-
-@triton.jit
-def unrotated(states, BITS: tl.constexpr):
-    """Rotate the sums of values in states back."""
-    rows = ()
-    for m in tl.static_range(len(states)):
-        row_max, row_sum, out = states[m]
-        if BITS < 8:
-            out = tl.reshape(unrotate_rows(out[None, :]), [out.shape[0]])
-        rows = rows + ((row_max, row_sum, out),)
-    return rows

@@ -13,7 +13,7 @@ class Codebook(NamedTuple):
     """The scalar quantiser of N(0, 1) with the least mean squared error for its number of levels.
 
     ``centroids`` are the ``2**bits`` levels in ascending order, ``boundaries`` the ``2**bits - 1`` values between them: a coordinate's index
-    is the number of boundaries below it. ``levels`` are the centroids in bfloat16, which is what codes stand for: kernels look them up in pairs.
+    is the number of boundaries below it. ``levels`` are the centroids in bfloat16, which is what codes stand for.
     ``mse`` is the expected squared error of the centroids.
     """
 

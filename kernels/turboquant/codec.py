@@ -1,42 +1,61 @@
 """The codec of a quantised KV cache in plain PyTorch: TurboQuant (arXiv 2504.19874) for 3 and 4 bits, scaled e4m3 for 8."""
 
+from typing import NamedTuple
+
 import torch
 
 from qtts_compile.kernels.turboquant.codebook import codebook
 from qtts_compile.kernels.turboquant.format import E4M3_BITS, check_head_dim
 from qtts_compile.kernels.turboquant.rotation import rotate, unrotate
 
-PLANES = {3: (2, 1), 4: (4,), E4M3_BITS: (8,)}  # the bits of a code, from the lowest, that share bytes with those of other codes
+
+class _Plane(NamedTuple):
+    """Some bits of all codes of a vector: numbers of ``dtype``, with ``width`` bits of one code at each of the ``shifts``."""
+
+    width: int
+    dtype: torch.dtype
+    shifts: tuple[int, ...]
+
+
+_PLANES = {
+    3: (
+        _Plane(2, torch.int32, tuple(4 * (i % 8) + 2 * (i // 8) for i in range(16))),
+        _Plane(1, torch.int16, tuple(4 * (i % 4) + 3 - i // 4 for i in range(16))),
+    ),
+    4: (_Plane(4, torch.int32, tuple(range(0, 32, 4))),),
+    E4M3_BITS: (_Plane(8, torch.uint8, (0,)),),
+}
 E4M3_MAX = 448.0
 FLOAT16_MAX = 65504.0
 TINY = 1e-30
 
 
-def pack(indices: torch.Tensor, bits: int) -> torch.Tensor:
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack codes ``[..., D]`` of 3, 4 or 8 ``bits`` into uint8 ``[..., bits * D / 8]``, laid out as :class:`Format` says.
 
     Raises ``ValueError`` for other bits and for a D that :func:`check_head_dim` refuses.
     """
-    check_head_dim(indices.shape[-1])
+    check_head_dim(codes.shape[-1])
     planes, first = [], 0
-    for width in _planes(bits):
-        fields = (indices.int() >> first & (1 << width) - 1).unflatten(-1, (8 // width, -1))
-        planes.append((fields << _shifts(width, indices.device)).sum(-2).to(torch.uint8))
-        first += width
+    for plane in _planes(bits):
+        fields = (codes.long() >> first & (1 << plane.width) - 1).unflatten(-1, (-1, len(plane.shifts)))
+        planes.append((fields << torch.tensor(plane.shifts, device=codes.device)).sum(-1).to(plane.dtype).contiguous().view(torch.uint8))
+        first += plane.width
     return torch.cat(planes, dim=-1)
 
 
-def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Invert :func:`pack`: return uint8 codes ``[..., D]``. Raises ``ValueError`` for other bits and a size that no D has."""
     planes = _planes(bits)
-    width = 8 * codes.shape[-1] // bits
+    width = 8 * packed.shape[-1] // bits
     check_head_dim(width)
-    indices, first = torch.zeros(*codes.shape[:-1], width, dtype=torch.int32, device=codes.device), 0
-    for plane, bits_of_plane in zip(codes.split([n * width // 8 for n in planes], dim=-1), planes):
-        fields = plane.int().unsqueeze(-2) >> _shifts(bits_of_plane, codes.device) & (1 << bits_of_plane) - 1
-        indices |= fields.flatten(-2) << first
-        first += bits_of_plane
-    return indices.to(torch.uint8)
+    codes, first = torch.zeros(*packed.shape[:-1], width, dtype=torch.long, device=packed.device), 0
+    for plane, numbers in zip(planes, packed.split([plane.width * width // 8 for plane in planes], dim=-1), strict=True):
+        shifts = torch.tensor(plane.shifts, device=packed.device)
+        fields = numbers.contiguous().view(plane.dtype).long().unsqueeze(-1) >> shifts & (1 << plane.width) - 1
+        codes |= fields.flatten(-2) << first
+        first += plane.width
+    return codes.to(torch.uint8)
 
 
 def quantize(x: torch.Tensor, bits: int, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,8 +70,8 @@ def quantize(x: torch.Tensor, bits: int, unbiased: bool) -> tuple[torch.Tensor, 
     Raises ``ValueError`` for other bits, for a D that :func:`check_head_dim` refuses, and for vectors that are not finite or too large for a
     float16 scale: a norm of about 65504 * sqrt(D) for 3 and 4 bits, a magnitude of 2.9e7 for 8.
     """
-    check_head_dim(x.shape[-1])
     _planes(bits)
+    check_head_dim(x.shape[-1])
     x = x.float()
     peak = x.abs().amax(-1, keepdim=True)
     if bits == E4M3_BITS:
@@ -67,8 +86,8 @@ def quantize(x: torch.Tensor, bits: int, unbiased: bool) -> tuple[torch.Tensor, 
     z = rotate(x_unit) * (root / norm.clamp(min=TINY))
     book, half = codebook(bits), 2 ** (bits - 1)
     step = torch.bucketize(z.abs(), torch.tensor(book.boundaries[half:], device=x.device))
-    indices = torch.where(z > 0, half + step, half - 1 - step)
-    c = torch.tensor(book.levels, device=x.device)[indices]
+    indices = torch.where(z > 0, step, half + step)
+    c = _levels(bits, x.device)[indices]
     product = (z * c).sum(-1, keepdim=True)
     ratio = x.shape[-1] / torch.where(norm == 0, 1.0, product) if unbiased else product / (c * c).sum(-1, keepdim=True)
     return pack(indices, bits), _storable(norm * ratio / root * peak, x).squeeze(-1)
@@ -79,17 +98,19 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Ten
     scale = scale.float().unsqueeze(-1)
     if bits == E4M3_BITS:
         return codes.view(torch.float8_e4m3fn).float() * scale
-    return unrotate(torch.tensor(codebook(bits).levels, device=codes.device)[unpack(codes, bits).int()] * scale)
+    return unrotate(_levels(bits, codes.device)[unpack(codes, bits).int()] * scale)
 
 
-def _planes(bits: int) -> tuple[int, ...]:
-    if bits not in PLANES:
+def _levels(bits: int, device: torch.device) -> torch.Tensor:
+    """Return the level of each code."""
+    positive = codebook(bits).levels[2 ** (bits - 1) :]
+    return torch.tensor((*positive, *(-level for level in positive)), device=device)
+
+
+def _planes(bits: int) -> tuple[_Plane, ...]:
+    if bits not in _PLANES:
         raise ValueError(f"codes have 3, 4 or 8 bits, got {bits}")
-    return PLANES[bits]
-
-
-def _shifts(width: int, device: torch.device) -> torch.Tensor:
-    return torch.arange(0, 8, width, dtype=torch.int32, device=device)[:, None]
+    return _PLANES[bits]
 
 
 def _storable(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -7,60 +7,69 @@
 import triton
 import triton.language as tl
 
-from qtts_compile.kernels.turboquant.pairs import THREE_BITS, look_up
+from qtts_compile.kernels.turboquant.levels import levels_of
+
+HIGH_SIGNS = tl.constexpr(-0x77780000)  # 0x88880000 of an int32
+
+
+@triton.constexpr_function
+def words_of(D, BITS):
+    """Return how many numbers :func:`load_words` makes of a row: words of 32 bits, or bytes."""
+    return D if BITS == 8 else D // 8 if BITS == 4 else D // 16
 
 
 @triton.jit
-def load_parts(Codes_ptr, mask, Pairs_ptr, D: tl.constexpr, BITS: tl.constexpr):
-    """Load the codes at the row pointers ``Codes_ptr`` ``[N, 1]`` where ``mask`` ``[N, 1]``; return what each coordinate is in units of its scale.
+def load_words(Codes_ptr, words, mask, D: tl.constexpr, BITS: tl.constexpr, CONTIGUOUS: tl.constexpr):
+    """Load the ``words`` of the rows that begin at ``Codes_ptr``, which broadcast against each other, as a tuple of int32 for :func:`decode_words`.
 
-    The result is a tuple of equal parts of D, ``[N, D / len]``, which bfloat16 holds exactly, so that nothing is interleaved: halves for 4
-    bits, quarters for 3, the whole for 8. With 3 and 4 bits they are coordinates of the rotated vector. A row that is not loaded holds some
-    finite values.
+    A lane is given no more than ``CONTIGUOUS`` neighbours, a tuple with an entry for each dimension.
     """
-    parts = ()
     if BITS == 8:
-        parts = parts + (from_e4m3(_load_bytes(Codes_ptr, mask, tl.arange(0, D))),)
+        return (_load(Codes_ptr + words, mask, CONTIGUOUS),)
     elif BITS == 4:
-        parts = look_up(Pairs_ptr, _load_bytes(Codes_ptr, mask, tl.arange(0, D // 2)))
+        return (_load(Codes_ptr.to(tl.pointer_type(tl.int32)) + words, mask, CONTIGUOUS),)
     else:
-        columns = tl.arange(0, D // 4)
-        low = _load_bytes(Codes_ptr, mask, columns)
-        # A quarter takes its third bits from two places of the byte, one for each of its halves.
-        high = _load_bytes(Codes_ptr + D // 4, mask, columns % (D // 8)) >> (columns // (D // 8))[None, :]
-        for _ in tl.static_range(2):
-            codes = (low & 3) | ((high & 1) << 2) | ((low & 12) << 1) | ((high & 4) << 3)
-            first, second = look_up(Pairs_ptr + THREE_BITS, codes)
-            parts = parts + (first, second)
-            low >>= 4
-            high >>= 4
-    return parts
+        signs = _load((Codes_ptr + D // 4).to(tl.pointer_type(tl.int16)) + words, mask, CONTIGUOUS)
+        return _load(Codes_ptr.to(tl.pointer_type(tl.int32)) + words, mask, CONTIGUOUS), signs
 
 
 @triton.jit
-def join_parts(parts):
-    """Put the parts of :func:`load_parts` together: ``[N, D]``."""
-    N: tl.constexpr = parts[0].shape[0]
-    WIDTH: tl.constexpr = parts[0].shape[1]
-    if len(parts) == 1:
-        return parts[0]
-    elif len(parts) == 2:
-        return tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (0, 2, 1)), [N, 2 * WIDTH])
+def _load(pointers, mask, CONTIGUOUS: tl.constexpr):
+    return tl.load(tl.max_contiguous(pointers, CONTIGUOUS), mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def decode_words(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return what the coordinates of ``words`` are in units of their scales, in ``DTYPE``. All are finite, whatever the words.
+
+    The coordinates of a word take three more dimensions of 2, or four with 3 bits. With 3 and 4 bits they are those of the rotated vector.
+    """
+    if BITS == 8:
+        return from_e4m3(words[0]).to(DTYPE)
+    elif BITS == 4:
+        return _join_eight(levels_of(words[0], BITS, DTYPE))
     else:
-        joined = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
-        return tl.reshape(tl.permute(joined, (0, 2, 3, 1)), [N, 4 * WIDTH])
+        magnitudes, signs = words
+        lower = levels_of((magnitudes & 0x33333333) | (signs & 0x8888) | ((signs << 17) & HIGH_SIGNS), BITS, DTYPE)
+        upper = levels_of(((magnitudes >> 2) & 0x33333333) | ((signs << 2) & 0x8888) | ((signs << 19) & HIGH_SIGNS), BITS, DTYPE)
+        both = ()
+        for i in tl.static_range(8):
+            both = both + (tl.join(lower[i], upper[i]),)
+        return _join_eight(both)
+
+
+@triton.jit
+def _join_eight(parts):
+    """Add three dimensions to the last: the bits of the part's number from the highest on."""
+    return tl.join(
+        tl.join(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6])),
+        tl.join(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7])),
+    )
 
 
 @triton.jit
 def from_e4m3(codes):
-    """Return the float32 values of e4m3 bits, int32."""
+    """Return the float32 values of e4m3 bits, int32, with NaN as 480."""
     # The bits of a float16 of the same sign, exponent and mantissa, whose bias is larger by 8.
     bits = (((codes & 0x80) << 8) | ((codes & 0x7F) << 7)).to(tl.int16)
     return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-
-
-@triton.jit
-def _load_bytes(Codes_ptr, mask, columns):
-    # Half a warp for a row, as of keys in half precision: with 16 bytes for each lane, a sum over rows would go through too many lanes.
-    pointers = tl.max_contiguous(Codes_ptr + columns[None, :], [1, max(1, columns.shape[0] // 16)])
-    return tl.load(pointers, mask=mask, other=0).to(tl.int32)

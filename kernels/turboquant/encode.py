@@ -9,7 +9,7 @@ import triton.language as tl
 
 from qtts_compile.kernels.turboquant.codebook import codebook
 from qtts_compile.kernels.turboquant.codec import E4M3_MAX, FLOAT16_MAX, TINY
-from qtts_compile.kernels.turboquant.rotation import rotate_rows
+from qtts_compile.kernels.turboquant.rotation import rotate_row
 
 MAX_CODE = tl.constexpr(E4M3_MAX)
 MAX_SCALE = tl.constexpr(FLOAT16_MAX)
@@ -19,13 +19,13 @@ BOUNDARIES_3, BOUNDARIES_4 = tl.constexpr(codebook(3).boundaries), tl.constexpr(
 
 
 @triton.jit
-def encode_rows(x, BITS: tl.constexpr, UNBIASED: tl.constexpr):
-    """Return the codes of ``BITS``, int32 ``[N, D]``, and the scales, float32 ``[N, 1]``, of float32 rows ``x`` ``[N, D]``.
+def encode_row(x, BITS: tl.constexpr, UNBIASED: tl.constexpr):
+    """Return the codes of ``BITS``, int32 ``[D]``, and the scale, float32, of a float32 row ``x`` ``[D]``.
 
     A scale that :func:`is_storable` refuses stands for a vector that is not finite or too large.
     """
     magnitude = tl.abs(x)
-    peak = tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), axis=1, keep_dims=True)
+    peak = tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), axis=0)
     if BITS == 8:
         scale = tl.div_rn(peak, MAX_CODE)
         stored = scale.to(tl.float16).to(tl.float32)
@@ -33,13 +33,13 @@ def encode_rows(x, BITS: tl.constexpr, UNBIASED: tl.constexpr):
     else:
         peak = tl.maximum(peak, MIN_PEAK)
         x_unit = x * (1.0 / peak)
-        norm = tl.sqrt(tl.sum(x_unit * x_unit, axis=1, keep_dims=True))
-        root: tl.constexpr = x.shape[1] ** 0.5
-        z = rotate_rows(x_unit) * (root / tl.maximum(norm, MIN_PEAK))
-        index, c = nearest(z, BITS)
-        product = tl.sum(z * c, axis=1, keep_dims=True)
-        ratio = x.shape[1] / tl.where(norm == 0, 1.0, product) if UNBIASED else product / tl.sum(c * c, axis=1, keep_dims=True)
-        return index, norm * ratio / root * peak
+        norm = tl.sqrt(tl.sum(x_unit * x_unit, axis=0))
+        root: tl.constexpr = x.shape[0] ** 0.5
+        z = rotate_row(x_unit) * (root / tl.maximum(norm, MIN_PEAK))
+        codes, c = nearest(z, BITS)
+        product = tl.sum(z * c, axis=0)
+        ratio = x.shape[0] / tl.where(norm == 0, 1.0, product) if UNBIASED else product / tl.sum(c * c, axis=0)
+        return codes, norm * ratio / root * peak
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def is_storable(scale):
 
 @triton.jit
 def nearest(z, BITS: tl.constexpr):
-    """Return the index and the level of the centroid nearest to each coordinate."""
+    """Return the code and the level of the centroid nearest to each coordinate."""
     HALF: tl.constexpr = 2 ** (BITS - 1)
     levels: tl.constexpr = LEVELS_4 if BITS == 4 else LEVELS_3
     edges: tl.constexpr = BOUNDARIES_4 if BITS == 4 else BOUNDARIES_3
@@ -62,7 +62,7 @@ def nearest(z, BITS: tl.constexpr):
         is_above = magnitude > edges[i]
         step += is_above.to(tl.int32)
         c = tl.where(is_above, levels[i + 1], c)
-    return tl.where(is_positive, HALF + step, HALF - 1 - step), tl.where(is_positive, c, -c)
+    return tl.where(is_positive, step, HALF + step), tl.where(is_positive, c, -c)
 
 
 @triton.jit
@@ -79,18 +79,21 @@ def to_e4m3(x):
 
 @triton.jit
 def store_codes(Codes_ptr, codes, mask, BITS: tl.constexpr):
-    """Pack ``codes`` ``[N, D]`` and store them at the row pointers ``Codes_ptr`` ``[N, 1]`` where ``mask`` ``[N, 1]``."""
-    if BITS == 3:
-        _store_plane(Codes_ptr, codes & 3, mask, 4)
-        _store_plane(Codes_ptr + codes.shape[1] // 4, codes >> 2, mask, 8)
+    """Pack ``codes`` ``[D]`` and store them from ``Codes_ptr`` on, if ``mask``."""
+    if BITS == 8:
+        tl.store(Codes_ptr + tl.arange(0, codes.shape[0]), codes.to(tl.uint8), mask=mask)
+    elif BITS == 4:
+        _store_fields(Codes_ptr.to(tl.pointer_type(tl.int32)), codes, 4 * tl.arange(0, 8), mask)
     else:
-        _store_plane(Codes_ptr, codes, mask, 8 // BITS)
+        field = tl.arange(0, 16)
+        _store_fields(Codes_ptr.to(tl.pointer_type(tl.int32)), codes & 3, 4 * (field % 8) + 2 * (field // 8), mask)
+        signs_ptr = (Codes_ptr + codes.shape[0] // 4).to(tl.pointer_type(tl.int16))
+        _store_fields(signs_ptr, codes >> 2, 4 * (field % 4) + 3 - field // 4, mask)
 
 
 @triton.jit
-def _store_plane(Codes_ptr, fields, mask, PARTS: tl.constexpr):
-    """Store bytes that hold one field from each of ``PARTS`` equal parts of ``fields`` ``[N, D]``."""
-    WIDTH: tl.constexpr = fields.shape[1] // PARTS
-    shifts = tl.arange(0, PARTS)[None, :, None] * (8 // PARTS)
-    packed = tl.sum(tl.reshape(fields, [fields.shape[0], PARTS, WIDTH]) << shifts, axis=1)
-    tl.store(Codes_ptr + tl.arange(0, WIDTH)[None, :], packed.to(tl.uint8), mask=mask)
+def _store_fields(Numbers_ptr, fields, shifts, mask):
+    """Store numbers that hold, shifted, as many neighbours among the ``fields`` ``[D]`` as there are ``shifts``."""
+    WIDTH: tl.constexpr = fields.shape[0] // shifts.shape[0]
+    packed = tl.sum(tl.reshape(fields, [WIDTH, shifts.shape[0]]) << shifts[None, :], axis=1)
+    tl.store(Numbers_ptr + tl.arange(0, WIDTH), packed.to(Numbers_ptr.dtype.element_ty), mask=mask)

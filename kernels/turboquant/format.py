@@ -12,12 +12,13 @@ E4M3_BITS = 8
 class Format:
     """A way to store a cache's keys and values: codes of ``k_bits`` and ``v_bits`` a coordinate, and one float16 scale a vector.
 
-    Codes of 3 and 4 bits are indices into the Lloyd-Max codebook of the rotated vector (TurboQuant, arXiv 2504.19874); codes of 8 bits are
-    e4m3 floats of the vector itself. Of a vector of width D:
+    Codes of 3 and 4 bits stand for levels of the Lloyd-Max codebook of the rotated vector (TurboQuant, arXiv 2504.19874): the highest bit is the
+    sign, the others count magnitudes from the smallest on. Codes of 8 bits are e4m3 floats of the vector itself. Of a vector of width D, in
+    numbers whose first byte is the lowest:
 
-    - 4 bits: byte j has coordinate j in its low and coordinate j + D/2 in its high half;
-    - 3 bits: D/4 bytes with the low two bits, where byte j has coordinate j + i * D/4 at bit 2i, then D/8 bytes with the third bits, where
-      byte j has that of coordinate j + i * D/8 at bit i;
+    - 4 bits: D/8 words of 32 bits, where word j has coordinate 8j + i at bit 4i;
+    - 3 bits: D/16 words of 32 bits with the magnitudes, where word j has that of coordinate 16j + i at bit 4i for i < 8 and at bit 4(i - 8) + 2
+      from there on, then D/16 words of 16 bits with the signs, in the same order at the bits 3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12;
     - 8 bits: byte j is coordinate j.
     """
 
@@ -58,5 +59,5 @@ def code_bytes(bits: int, head_dim: int) -> int:
 
 def check_head_dim(head_dim: int) -> None:
     """Raise ``ValueError`` unless vectors of width ``head_dim`` can be stored."""
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise ValueError(f"a quantised KV cache needs a head_dim that is a power of two from 16 on, got {head_dim}; keep its keys and values in bf16")
+    if head_dim < 32 or head_dim & (head_dim - 1):  # three bits of 16 would not fill whole words
+        raise ValueError(f"a quantised KV cache needs a head_dim that is a power of two from 32 on, got {head_dim}; keep its keys and values in bf16")

@@ -10,6 +10,8 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_shape
 from qtts_compile.kernels.turboquant.format import Format
 
+CODE_ALIGNMENT = 4  # bytes: codes are read in words
+
 
 def kept_rows(slots: torch.Tensor, last: torch.Tensor, start: torch.Tensor, sinks: int, window: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return for each row of a batch and each of the int64 ``slots`` ``[N]`` where ``kept`` has it as a sink and as a recent token.
@@ -53,6 +55,12 @@ def check_buffers(
     for name, tensor in (("k_codes", k_codes), ("v_codes", v_codes), ("kept", kept)):
         if tensor.stride(-1) != 1 and tensor.numel():
             raise ValueError(f"{name} must have a last stride of 1, got the strides {tensor.stride()}")
+    for name, tensor in (("k_codes", k_codes), ("v_codes", v_codes)):
+        if tensor.numel() and any(size % CODE_ALIGNMENT for size in (tensor.storage_offset(), *tensor.stride()[:3])):
+            raise ValueError(
+                f"the rows of {name} must begin at multiples of {CODE_ALIGNMENT} bytes of its storage, got the strides {tensor.stride()} and the"
+                f" offset {tensor.storage_offset()}: slice whole rows"
+            )
 
 
 @triton.jit

@@ -9,20 +9,19 @@ import triton.language as tl
 
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.turboquant.codec import dequantize
-from qtts_compile.kernels.turboquant.decode import join_parts, load_parts
+from qtts_compile.kernels.turboquant.decode import decode_words, load_words, words_of
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers, find_kept, kept_rows
-from qtts_compile.kernels.turboquant.pairs import check_pairs
 from qtts_compile.kernels.turboquant.rotation import unrotate_rows
 
 
 def quantized_kv_read(
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, last: torch.Tensor, start: torch.Tensor,
-    pairs: torch.Tensor, sinks: int, format: str,
+    sinks: int, format: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Return the keys and the values, contiguous ``[B, H, S, D]`` of the dtype of ``kept``, of a cache that ``quantized_kv_write`` wrote.
 
-    The arguments are those of :func:`quantized_kv_write` and the table of :func:`centroid_pairs`. Tokens that ``kept`` has for this ``last``
+    The arguments are those of :func:`quantized_kv_write`. Tokens that ``kept`` has for this ``last``
     and ``start`` are exact; the others are decoded in float32 and rounded once. Slots beyond ``last`` hold what was written there, zeros where
     nothing was and the buffers were zero.
 
@@ -31,12 +30,12 @@ def quantized_kv_read(
 
     Raises ``TypeError`` or ``ValueError`` as :func:`quantized_kv_write` does.
     """
-    return torch.ops.qtts.quantized_kv_read.default(k_codes, v_codes, scales, kept, last, start, pairs, sinks, format)
+    return torch.ops.qtts.quantized_kv_read.default(k_codes, v_codes, scales, kept, last, start, sinks, format)
 
 
 def quantized_kv_read_reference(
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, last: torch.Tensor, start: torch.Tensor,
-    pairs: torch.Tensor, sinks: int, format: str,
+    sinks: int, format: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Compute :func:`quantized_kv_read` in plain PyTorch."""
     parsed = Format.parse(format)
@@ -52,22 +51,22 @@ def quantized_kv_read_reference(
 
 def check_quantized_kv_read(
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, last: torch.Tensor, start: torch.Tensor,
-    pairs: torch.Tensor, sinks: int, format: str,
+    sinks: int, format: str,
 ) -> None:  # fmt: skip
     """Raise ``TypeError`` or ``ValueError`` unless :func:`quantized_kv_read` accepts the arguments."""
     check_buffers(k_codes, v_codes, scales, kept, last, start, sinks, format)
-    check_pairs(pairs, "kept", kept)
 
 
 @triton.jit
 def _read_vectors(
-    Codes_ptr, Scales_ptr, Kept_ptr, Out_ptr, kept_stride, in_bounds, kept_row, is_kept, Pairs_ptr,
+    Codes_ptr, Scales_ptr, Kept_ptr, Out_ptr, kept_stride, in_bounds, kept_row, is_kept,
     D: tl.constexpr, BITS: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
     """Decode the slots whose codes and scales are at the pointers ``[N, 1]``, and store them at ``Out_ptr`` ``[N, 1]``."""
     columns = tl.arange(0, D)[None, :]
     scale = tl.load(Scales_ptr, mask=in_bounds, other=0.0).to(tl.float32)
-    x = join_parts(load_parts(Codes_ptr, in_bounds, Pairs_ptr, D, BITS)).to(tl.float32) * scale
+    words = load_words(Codes_ptr, tl.arange(0, words_of(D, BITS))[None, :], in_bounds, D, BITS, (1, 4))
+    x = tl.reshape(decode_words(words, BITS, tl.float32), [Codes_ptr.shape[0], D]) * scale
     if BITS < 8:
         x = unrotate_rows(x)
     x = x.to(Out_ptr.dtype.element_ty)
@@ -78,7 +77,7 @@ def _read_vectors(
 
 @triton.jit
 def _quantized_kv_read_kernel(
-    K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr, Last_ptr, Start_ptr, Pairs_ptr, K_ptr, V_ptr, H, S,
+    K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr, Last_ptr, Start_ptr, K_ptr, V_ptr, H, S,
     k_codes_strides, v_codes_strides, scales_strides, kept_strides, stride_start,
     D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -97,19 +96,19 @@ def _quantized_kv_read_kernel(
     if tl.program_id(2) == 0:
         _read_vectors(
             K_codes_ptr + batch * k_codes_strides[0] + head * k_codes_strides[1] + slots * k_codes_strides[2],
-            Scales_ptr, Kept_ptr, K_ptr + out_offset, kept_strides[3], in_bounds, kept_row, is_kept, Pairs_ptr, D, K_BITS, HAS_KEPT,
+            Scales_ptr, Kept_ptr, K_ptr + out_offset, kept_strides[3], in_bounds, kept_row, is_kept, D, K_BITS, HAS_KEPT,
         )  # fmt: skip
     else:
         _read_vectors(
             V_codes_ptr + batch * v_codes_strides[0] + head * v_codes_strides[1] + slots * v_codes_strides[2],
             Scales_ptr + scales_strides[0], Kept_ptr + kept_strides[0],
-            V_ptr + out_offset, kept_strides[3], in_bounds, kept_row, is_kept, Pairs_ptr, D, V_BITS, HAS_KEPT,
+            V_ptr + out_offset, kept_strides[3], in_bounds, kept_row, is_kept, D, V_BITS, HAS_KEPT,
         )  # fmt: skip
 
 
 def quantized_kv_read_triton(
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, last: torch.Tensor, start: torch.Tensor,
-    pairs: torch.Tensor, sinks: int, format: str,
+    sinks: int, format: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Launch the kernel of :func:`quantized_kv_read`."""
     k, v = quantized_kv_read_fake(k_codes, v_codes, scales, kept)
@@ -119,7 +118,7 @@ def quantized_kv_read_triton(
     batch, heads, slots, width = k.shape
     block_n = max(1, 2048 // width)
     _quantized_kv_read_kernel[(batch * heads, triton.cdiv(slots, block_n), 2)](
-        k_codes, v_codes, scales, kept, last, start, pairs, k, v, heads, slots,
+        k_codes, v_codes, scales, kept, last, start, k, v, heads, slots,
         k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), start.stride(0),
         D=width, K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks, BLOCK_N=block_n,
         num_warps=4, sanitize_overflow=False,
@@ -136,7 +135,7 @@ def quantized_kv_read_fake(
 
 
 define_op(
-    "quantized_kv_read(Tensor k_codes, Tensor v_codes, Tensor scales, Tensor kept, Tensor last, Tensor start, Tensor pairs, int sinks, str format) "
+    "quantized_kv_read(Tensor k_codes, Tensor v_codes, Tensor scales, Tensor kept, Tensor last, Tensor start, int sinks, str format) "
     "-> (Tensor, Tensor)",
     check=check_quantized_kv_read,
     cuda=quantized_kv_read_triton,

@@ -55,28 +55,36 @@ def log2(n):
 
 @triton.jit
 def flip(x):
-    """Multiply the columns of ``x`` ``[N, D]`` by their :func:`signs`."""
-    hashes = tl.arange(0, x.shape[1]).to(tl.uint32) * FACTORS[0]
+    """Multiply the last dimension of ``x``, ``[D]`` or ``[N, D]``, by its :func:`signs`."""
+    hashes = tl.arange(0, x.shape[len(x.shape) - 1]).to(tl.uint32) * FACTORS[0]
     hashes = (hashes ^ (hashes >> 15)) * FACTORS[1]
-    return tl.where((hashes >> 31 == 1)[None, :], -x, x)
+    is_minus = hashes >> 31 == 1
+    if len(x.shape) == 1:
+        return tl.where(is_minus, -x, x)
+    else:
+        return tl.where(is_minus[None, :], -x, x)
 
 
 @triton.jit
 def hadamard(x):
-    """Multiply the rows of ``x`` ``[N, D]`` by the Hadamard matrix."""
-    for _ in tl.static_range(log2(x.shape[1])):
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), [x.shape[0], x.shape[1]])
+    """Multiply ``x``, ``[D]`` or rows ``[N, D]``, by the Hadamard matrix."""
+    for _ in tl.static_range(log2(x.shape[len(x.shape) - 1])):
+        if len(x.shape) == 1:  # a row of its own in two dimensions would be laid out as a column
+            even, odd = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
+            x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (1, 0)), [x.shape[0]])
+        else:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+            x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), [x.shape[0], x.shape[1]])
     return x
 
 
 @triton.jit
-def rotate_rows(x):
-    """Apply :func:`rotate` to float32 rows ``[N, D]``."""
-    return hadamard(flip(x)) * (x.shape[1] ** -0.5)
+def rotate_row(x):
+    """Apply :func:`rotate` to a float32 row ``[D]``."""
+    return hadamard(flip(x)) * (x.shape[0] ** -0.5)
 
 
 @triton.jit
 def unrotate_rows(y):
-    """Apply :func:`unrotate` to float32 rows ``[N, D]``."""
-    return flip(hadamard(y)) * (y.shape[1] ** -0.5)
+    """Apply :func:`unrotate` to float32 ``[D]`` or ``[N, D]``."""
+    return flip(hadamard(y)) * (y.shape[len(y.shape) - 1] ** -0.5)

@@ -12,7 +12,7 @@ from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rows import with_unit_stride
 from qtts_compile.kernels.turboquant.codec import quantize
-from qtts_compile.kernels.turboquant.encode import encode_rows, is_storable, store_codes
+from qtts_compile.kernels.turboquant.encode import encode_row, is_storable, store_codes
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers, find_kept, kept_rows
 
@@ -71,53 +71,49 @@ def check_quantized_kv_write(
 
 
 @triton.jit
-def write_vectors(
-    x, Codes_ptr, Scales_ptr, Kept_ptr, kept_stride, writable, slot, last, start,
+def write_vector(
+    x, Codes_ptr, Scale_ptr, Kept_ptr, kept_stride, writable, slot, last, start,
     BITS: tl.constexpr, UNBIASED: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Write one token's vectors ``x`` ``[N, D]`` to the heads whose rows begin at the pointers ``[N, 1]``, where ``writable`` ``[N, 1]``."""
-    columns = tl.arange(0, x.shape[1])[None, :]
+    """Write a vector ``x`` ``[D]`` to the codes and the scale at the pointers, and to the kept tokens of the head from ``Kept_ptr`` on."""
+    columns = tl.arange(0, x.shape[0])
     is_sink, is_recent = find_kept(slot, last, start, SINKS, WINDOW)
     if SINKS > 0:
         tl.store(Kept_ptr + (slot - start) * kept_stride + columns, x, mask=writable & is_sink)
     if WINDOW > 0:
         tl.store(Kept_ptr + (SINKS + slot % WINDOW) * kept_stride + columns, x, mask=writable & is_recent)
-    codes, scale = encode_rows(x.to(tl.float32), BITS, UNBIASED)
+    codes, scale = encode_row(x.to(tl.float32), BITS, UNBIASED)
     store_codes(Codes_ptr, codes, writable, BITS)
-    tl.store(Scales_ptr, scale.to(tl.float16), mask=writable)
+    tl.store(Scale_ptr, scale.to(tl.float16), mask=writable)
     tl.device_assert(is_storable(scale), "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
 
 
 @triton.jit
 def _quantized_kv_write_kernel(
-    K_ptr, V_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr, Position_ptr, Last_ptr, Start_ptr, T, H, S,
+    K_ptr, V_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr, Position_ptr, Last_ptr, Start_ptr, T, S,
     k_strides, v_strides, k_codes_strides, v_codes_strides, scales_strides, kept_strides, stride_position, stride_start,
-    D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_H: tl.constexpr,
+    D: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     batch = (tl.program_id(0) // T).to(tl.int64)
     token = (tl.program_id(0) % T).to(tl.int64)
-    heads = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
-    in_bounds = heads < H
+    head = tl.program_id(1).to(tl.int64)
     slot, in_cache = cache_row(Position_ptr, token, stride_position, S)
     assert_in_cache(in_cache)
     last = tl.load(Last_ptr)
     start = tl.load(Start_ptr + batch * stride_start)
-    Scales_ptr += batch * scales_strides[1] + heads * scales_strides[2] + slot * scales_strides[3]
-    Kept_ptr += batch * kept_strides[1] + heads * kept_strides[2]
-    columns = tl.arange(0, D)[None, :]
+    Scales_ptr += batch * scales_strides[1] + head * scales_strides[2] + slot * scales_strides[3]
+    Kept_ptr += batch * kept_strides[1] + head * kept_strides[2]
+    columns = tl.arange(0, D)
     if tl.program_id(2) == 0:
-        k = tl.load(K_ptr + batch * k_strides[0] + heads * k_strides[1] + token * k_strides[2] + columns, mask=in_bounds, other=0.0)
-        write_vectors(
-            k, K_codes_ptr + batch * k_codes_strides[0] + heads * k_codes_strides[1] + slot * k_codes_strides[2],
-            Scales_ptr, Kept_ptr, kept_strides[3], in_bounds & in_cache, slot, last, start, K_BITS, True, SINKS, WINDOW,
-        )  # fmt: skip
+        k = tl.load(K_ptr + batch * k_strides[0] + head * k_strides[1] + token * k_strides[2] + columns)
+        K_codes_ptr += batch * k_codes_strides[0] + head * k_codes_strides[1] + slot * k_codes_strides[2]
+        write_vector(k, K_codes_ptr, Scales_ptr, Kept_ptr, kept_strides[3], in_cache, slot, last, start, K_BITS, True, SINKS, WINDOW)
     else:
-        v = tl.load(V_ptr + batch * v_strides[0] + heads * v_strides[1] + token * v_strides[2] + columns, mask=in_bounds, other=0.0)
-        write_vectors(
-            v, V_codes_ptr + batch * v_codes_strides[0] + heads * v_codes_strides[1] + slot * v_codes_strides[2],
-            Scales_ptr + scales_strides[0], Kept_ptr + kept_strides[0], kept_strides[3],
-            in_bounds & in_cache, slot, last, start, V_BITS, False, SINKS, WINDOW,
-        )  # fmt: skip
+        v = tl.load(V_ptr + batch * v_strides[0] + head * v_strides[1] + token * v_strides[2] + columns)
+        V_codes_ptr += batch * v_codes_strides[0] + head * v_codes_strides[1] + slot * v_codes_strides[2]
+        Scales_ptr += scales_strides[0]
+        Kept_ptr += kept_strides[0]
+        write_vector(v, V_codes_ptr, Scales_ptr, Kept_ptr, kept_strides[3], in_cache, slot, last, start, V_BITS, False, SINKS, WINDOW)
 
 
 def quantized_kv_write_triton(
@@ -130,11 +126,10 @@ def quantized_kv_write_triton(
     parsed = Format.parse(format)
     k, v = with_unit_stride(k), with_unit_stride(v)
     batch, heads, tokens, width = k.shape
-    block_h = min(2, heads)
-    _quantized_kv_write_kernel[(batch * tokens, triton.cdiv(heads, block_h), 2)](
-        k, v, k_codes, v_codes, scales, kept, position, last, start, tokens, heads, k_codes.shape[2],
+    _quantized_kv_write_kernel[(batch * tokens, heads, 2)](
+        k, v, k_codes, v_codes, scales, kept, position, last, start, tokens, k_codes.shape[2],
         k.stride(), v.stride(), k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), position.stride(0), start.stride(0),
-        D=width, K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks, BLOCK_H=block_h,
+        D=width, K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks,
         num_warps=1, debug=True, sanitize_overflow=False,
     )  # fmt: skip
 

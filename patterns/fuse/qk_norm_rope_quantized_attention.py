@@ -3,11 +3,11 @@
 Before, with the cache's buffers written in place::
 
     quantized_kv_write(rotary(norm(k)), v, *buffers, position, position, start)
-    attention(rotary(norm(q)), *quantized_kv_read(*buffers, position, start, pairs), mask)
+    attention(rotary(norm(q)), *quantized_kv_read(*buffers, position, start), mask)
 
 After::
 
-    qk_norm_rope_quantized_attention(q, k, v, ..., *buffers, position, start, pairs, mask)
+    qk_norm_rope_quantized_attention(q, k, v, ..., *buffers, position, start, mask)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def fuse(graph: fx.Graph, scope: Scope) -> None:
 
 def _fuse_layer(graph: fx.Graph, attention: fx.Node, read: fx.Node) -> str | None:
     q_rope, k, v, mask, scale = operands(attention)
-    *buffers, last, start, pairs, sinks, format = operands(read)
+    *buffers, last, start, sinks, format = operands(read)
     write = _write_of(buffers)
     if write is None:
         return "the cache is not written, as a whole, right before it is read"
@@ -66,7 +66,6 @@ def _fuse_layer(graph: fx.Graph, attention: fx.Node, read: fx.Node) -> str | Non
         **{name: bases[written[f"_{name}_base_index"]] for name in BUFFERS},
         position=last,
         start=start,
-        pairs=pairs,
         sinks=sinks,
         format=format,
         mask=mask,

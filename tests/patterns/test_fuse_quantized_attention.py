@@ -9,11 +9,10 @@ from rewriting import count, kernels, rewritten
 from test_fuse import HEADS, KV_HEADS, attend, norm, rotate
 
 from qtts_compile.kernels.turboquant.format import Format
-from qtts_compile.kernels.turboquant.pairs import centroid_pairs
 from qtts_compile.kernels.turboquant.read import quantized_kv_read
 from qtts_compile.kernels.turboquant.write import quantized_kv_write
 
-BATCH, SLOTS, WIDTH, SINKS, WINDOW, POSITION = 2, 8, 16, 1, 3, 5
+BATCH, SLOTS, WIDTH, SINKS, WINDOW, POSITION = 2, 8, 32, 1, 3, 5
 FUSED = "qk_norm_rope_quantized_attention"
 
 
@@ -28,15 +27,15 @@ def layer_inputs(format="int4", dtype=torch.float32):
     old = [torch.randn(BATCH, KV_HEADS, POSITION, WIDTH).to(dtype) for _ in range(2)]
     quantized_kv_write(*old, *buffers, torch.arange(POSITION), torch.tensor([POSITION - 1]), start, SINKS, format)
     mask = ((torch.arange(SLOTS) <= POSITION) & (torch.arange(SLOTS) >= start[:, None]))[:, None, None]
-    return [q, k, v, *weights, angles.cos().to(dtype), angles.sin().to(dtype), *buffers, torch.tensor([POSITION]), start, centroid_pairs("cpu"), mask]
+    return [q, k, v, *weights, angles.cos().to(dtype), angles.sin().to(dtype), *buffers, torch.tensor([POSITION]), start, mask]
 
 
-def layer(q, k, v, q_weight, k_weight, cos, sin, k_codes, v_codes, scales, kept, position, start, pairs, mask, format="int4"):
+def layer(q, k, v, q_weight, k_weight, cos, sin, k_codes, v_codes, scales, kept, position, start, mask, format="int4"):
     q = rotate(norm(q, q_weight).transpose(1, 2), cos, sin)
     k = rotate(norm(k, k_weight).transpose(1, 2), cos, sin)
     buffers = k_codes, v_codes, scales, kept
     quantized_kv_write(k, v.transpose(1, 2), *buffers, position, position, start, SINKS, format)
-    return attend(q, *quantized_kv_read(*buffers, position, start, pairs, SINKS, format), mask)
+    return attend(q, *quantized_kv_read(*buffers, position, start, SINKS, format), mask)
 
 
 @pytest.mark.parametrize("format", ["int4", "k4v3", "int3", "fp8"])
@@ -54,9 +53,9 @@ def test_every_layer_becomes_one_kernel(format, dtype):
 
 def test_without_norms():
     def function(q, k, v, q_weight, k_weight, cos, sin, *rest):
-        buffers, (position, start, pairs, mask) = rest[:4], rest[4:]
+        buffers, (position, start, mask) = rest[:4], rest[4:]
         quantized_kv_write(rotate(k.transpose(1, 2), cos, sin), v.transpose(1, 2), *buffers, position, position, start, SINKS, "int4")
-        return attend(rotate(q.transpose(1, 2), cos, sin), *quantized_kv_read(*buffers, position, start, pairs, SINKS, "int4"), mask)
+        return attend(rotate(q.transpose(1, 2), cos, sin), *quantized_kv_read(*buffers, position, start, SINKS, "int4"), mask)
 
     assert kernels(rewritten(function, *layer_inputs())[0]) == {FUSED: 1}
 
@@ -70,14 +69,14 @@ def other(q=None, k=None, write_at=None, written_last=None, read_start=None, rea
     """Return a layer in which one thing differs from what is joined."""
 
     def function(*tensors):
-        q_, k_, v, q_weight, k_weight, cos, sin, *buffers, position, start, pairs, mask = tensors
+        q_, k_, v, q_weight, k_weight, cos, sin, *buffers, position, start, mask = tensors
         q_ = rotate(norm(q_, q_weight).transpose(1, 2), cos, sin if q is None else q(sin))
         k_ = rotate(norm(k_, k_weight if k is None else k(k_weight)).transpose(1, 2), cos, sin)
         place = position if write_at is None else write_at(position)
         last = position if written_last is None else written_last(position)
         quantized_kv_write(k_, v.transpose(1, 2), *buffers, place, last, start, SINKS, "int4")
         given = start if read_start is None else read_start(start)
-        keys, values = quantized_kv_read(*buffers, position, given, pairs, read_sinks, "int4")
+        keys, values = quantized_kv_read(*buffers, position, given, read_sinks, "int4")
         out = attend(q_, keys, values, mask)
         return out if read is None else (out, read(q_, k_, keys, buffers))
 

@@ -34,7 +34,9 @@ def poisoned(
     def full(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         value = 165 if dtype == torch.uint8 else float("nan")
         if layout == "sliced":
-            return torch.full([size + 2 for size in shape], value, dtype=dtype, device=device)[tuple(slice(1, size + 1) for size in shape)]
+            edges = [1] * (len(shape) - 1) + [4 if dtype == torch.uint8 else 1]  # codes are read in words
+            whole = torch.full([size + 2 * edge for size, edge in zip(shape, edges)], value, dtype=dtype, device=device)
+            return whole[tuple(slice(edge, edge + size) for size, edge in zip(shape, edges))]
         if layout == "transposed":
             return torch.full([*shape[:-3], shape[-2], shape[-3], shape[-1]], value, dtype=dtype, device=device).transpose(-3, -2)
         return torch.full(shape, value, dtype=dtype, device=device)

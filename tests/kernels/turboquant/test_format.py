@@ -21,8 +21,8 @@ def test_unknown_name(name):
         Format.parse(name)
 
 
-@pytest.mark.parametrize("head_dim", [-16, 0, 8, 24, 96])
+@pytest.mark.parametrize("head_dim", [-32, 0, 8, 16, 24, 96])
 def test_unsupported_head_dim(head_dim):
     for method in (Format.parse("int3").key_bytes, Format.parse("fp8").value_bytes, Format.parse("int4").bytes_per_token):
-        with pytest.raises(ValueError, match=f"power of two from 16 on, got {head_dim}"):
+        with pytest.raises(ValueError, match=f"power of two from 32 on, got {head_dim}"):
             method(head_dim)

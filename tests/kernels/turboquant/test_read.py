@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from numerics import DTYPES, dtypes, random_tensor, seeds
 
 from qtts_compile.kernels.turboquant.format import Format
-from qtts_compile.kernels.turboquant.pairs import centroid_pairs
 from qtts_compile.kernels.turboquant.read import quantized_kv_read, quantized_kv_read_reference, quantized_kv_read_triton
 from qtts_compile.kernels.turboquant.write import quantized_kv_write
 
@@ -35,12 +34,12 @@ def random_buffers(format: str, batch: int, heads: int, width: int, n_kept: int,
 
 
 @given(
-    st.sampled_from(FORMATS), st.integers(1, 2), st.sampled_from([1, 3]), st.sampled_from([16, 64, 128]), st.integers(0, 3), st.integers(0, 5),
+    st.sampled_from(FORMATS), st.integers(1, 2), st.sampled_from([1, 3]), st.sampled_from([32, 64, 128]), st.integers(0, 3), st.integers(0, 5),
     st.integers(-1, S), st.lists(st.integers(0, 6), min_size=2, max_size=2), dtypes, st.sampled_from(["contiguous", "transposed", "sliced"]), seeds,
 )  # fmt: skip
 def test_kernel_equals_reference(device, format, batch, heads, width, sinks, window, last, starts, dtype, layout, seed):
     buffers = random_buffers(format, batch, heads, width, sinks + window, dtype, device, layout, seed)
-    arguments = (*buffers, int64([last], device), int64(starts[:batch], device), centroid_pairs(device), sinks, format)
+    arguments = (*buffers, int64([last], device), int64(starts[:batch], device), sinks, format)
     for actual, expected in zip(quantized_kv_read_triton(*arguments), quantized_kv_read_reference(*arguments)):
         assert actual.shape == (batch, heads, S, width) and actual.dtype == dtype and actual.is_contiguous()
         torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -58,9 +57,7 @@ def test_reads_what_was_written(device, format, dtype):
     for first, end, last in ((0, 12, 8), *((slot, slot + 1, slot) for slot in range(9, 18))):
         position = torch.arange(first, end, device=device)
         quantized_kv_write(k[:, :, first:end], v[:, :, first:end], *buffers, position, int64([last], device), start, sinks, format)
-        for x, out, bits in zip(
-            (k, v), quantized_kv_read(*buffers, int64([last], device), start, centroid_pairs(device), sinks, format), (parsed.k_bits, parsed.v_bits)
-        ):
+        for x, out, bits in zip((k, v), quantized_kv_read(*buffers, int64([last], device), start, sinks, format), (parsed.k_bits, parsed.v_bits)):
             for row in range(2):
                 exact = [*range(starts[row], starts[row] + sinks), *range(last - window + 1, last + 1)]
                 assert torch.equal(out[row][:, exact], x[row][:, exact])
@@ -72,17 +69,17 @@ def test_reads_what_was_written(device, format, dtype):
 
 @pytest.mark.parametrize("shape", [(0, 2, 4), (1, 0, 4), (1, 2, 0)])
 def test_nothing_to_read(device, shape):
-    buffers = poisoned("int4", *shape, 16, 2, torch.float32, device)
-    arguments = (*buffers, int64([0], device), torch.zeros(shape[0], dtype=torch.int64, device=device), centroid_pairs(device), 1, "int4")
+    buffers = poisoned("int4", *shape, 32, 2, torch.float32, device)
+    arguments = (*buffers, int64([0], device), torch.zeros(shape[0], dtype=torch.int64, device=device), 1, "int4")
     for read in (quantized_kv_read, quantized_kv_read_triton):
-        assert [out.shape for out in read(*arguments)] == [(*shape, 16)] * 2
+        assert [out.shape for out in read(*arguments)] == [(*shape, 32)] * 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_opcheck(device, dtype, format):
     buffers = random_buffers(format, 2, 3, 32, 3, dtype, device, "transposed", 0)
-    arguments = (*buffers, int64([8], device), int64([0, 3], device), centroid_pairs(device), 1, format)
+    arguments = (*buffers, int64([8], device), int64([0, 3], device), 1, format)
     torch.library.opcheck(torch.ops.qtts.quantized_kv_read.default, arguments)
 
 
@@ -90,17 +87,15 @@ def test_opcheck(device, dtype, format):
     ("changes", "error", "message"),
     [
         (dict(format="int2"), ValueError, "one of int4, k4v3, int3, fp8, got 'int2'"),
-        (dict(v_codes=torch.ones(1, 1, 3, 8).byte()), ValueError, r"v_codes must have the shape \(1, 1, 4, 8\), got \(1, 1, 3, 8\)"),
+        (dict(v_codes=torch.ones(1, 1, 3, 8).byte()), ValueError, r"v_codes must have the shape \(1, 1, 4, 16\), got \(1, 1, 3, 8\)"),
         (dict(start=torch.tensor([0.0])), TypeError, "start must be int64, got torch.float32"),
         (dict(last=torch.tensor([0]).to("meta")), ValueError, "last must be on the device of kept"),
         (dict(sinks=3), ValueError, "sinks must be from 0 to the 2"),
-        (dict(pairs=torch.zeros(320)), TypeError, r"pairs must be the int32 table that centroid_pairs\(\) makes, got torch.float32"),
-        (dict(pairs=centroid_pairs("cpu")[:256]), ValueError, r"pairs must have the shape \(320,\), got \(256,\)"),
     ],
 )  # fmt: skip
 def test_bad_input(changes, error, message):
     zero = int64([0], "cpu")
-    buffers = poisoned("int4", 1, 1, 4, 16, 2, torch.float32, "cpu")
-    arguments = dict(**buffers._asdict(), last=zero, start=zero, pairs=centroid_pairs("cpu"), sinks=1, format="int4")
+    buffers = poisoned("int4", 1, 1, 4, 32, 2, torch.float32, "cpu")
+    arguments = dict(**buffers._asdict(), last=zero, start=zero, sinks=1, format="int4")
     with pytest.raises(error, match=message):
         quantized_kv_read(**(arguments | changes))

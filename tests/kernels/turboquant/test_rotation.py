@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import random_tensor, seeds
 
-from qtts_compile.kernels.turboquant.rotation import rotate, rotate_rows, signs, unrotate, unrotate_rows
+from qtts_compile.kernels.turboquant.rotation import rotate, rotate_row, signs, unrotate, unrotate_rows
 
 WIDTHS = [1, 2, 16, 64, 128, 256]
 widths = st.sampled_from(WIDTHS)
@@ -51,16 +51,24 @@ def test_bad_width(width):
 
 
 @triton.jit
-def _kernel(X_ptr, Y_ptr, N: tl.constexpr, D: tl.constexpr, IS_INVERSE: tl.constexpr):
+def _rows_kernel(X_ptr, Y_ptr, N: tl.constexpr, D: tl.constexpr):
     offsets = tl.arange(0, N)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(Y_ptr + offsets, unrotate_rows(tl.load(X_ptr + offsets)))
+
+
+@triton.jit
+def _row_kernel(X_ptr, Y_ptr, D: tl.constexpr, IS_INVERSE: tl.constexpr):
+    offsets = tl.program_id(0) * D + tl.arange(0, D)
     x = tl.load(X_ptr + offsets)
-    tl.store(Y_ptr + offsets, unrotate_rows(x) if IS_INVERSE else rotate_rows(x))
+    tl.store(Y_ptr + offsets, unrotate_rows(x) if IS_INVERSE else rotate_row(x))
 
 
 @given(st.sampled_from([1, 2, 8]), st.sampled_from(WIDTHS[2:]), st.sampled_from([1, 4]), seeds)
-def test_kernel_equals_pytorch(device, n, width, num_warps, seed):
+def test_kernels_equal_pytorch(device, n, width, num_warps, seed):
     x = random_tensor(seed, (n, width), torch.float32, device)
-    for is_inverse, function in ((False, rotate), (True, unrotate)):
-        y = torch.full_like(x, float("nan"))
-        _kernel[(1,)](x, y, N=n, D=width, IS_INVERSE=is_inverse, num_warps=num_warps)
-        assert torch.equal(y, function(x))
+    y = torch.full((3, n, width), float("nan"), device=device)
+    _row_kernel[(n,)](x, y[0], D=width, IS_INVERSE=False, num_warps=num_warps)
+    _row_kernel[(n,)](x, y[1], D=width, IS_INVERSE=True, num_warps=num_warps)
+    _rows_kernel[(1,)](x, y[2], N=n, D=width, num_warps=num_warps)
+    for actual, expected in zip(y, (rotate(x), unrotate(x), unrotate(x)), strict=True):
+        assert torch.equal(actual, expected)

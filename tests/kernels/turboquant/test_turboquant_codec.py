@@ -39,7 +39,7 @@ def heavy(width: int) -> torch.Tensor:
     return random_tensor(0, (N, width), torch.float32, "cpu") * torch.where(torch.arange(width) % (width // 4) == 3, 10.0, 1.0)
 
 
-@given(st.sampled_from([3, 4, 8]), st.sampled_from([16, 64, 128]), st.sampled_from([(), (3,), (2, 0), (2, 3)]), seeds)
+@given(st.sampled_from([3, 4, 8]), st.sampled_from([32, 64, 128]), st.sampled_from([(), (3,), (2, 0), (2, 3)]), seeds)
 def test_pack_and_unpack(bits, width, shape, seed):
     indices = torch.randint(2**bits, (*shape, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     codes = pack(indices, bits)
@@ -48,13 +48,20 @@ def test_pack_and_unpack(bits, width, shape, seed):
 
 
 def test_layout_of_codes():
-    # Each coordinate alone, in the bytes that Format describes.
-    for j in range(32):
-        one = (torch.arange(32) == j).to(torch.uint8)
-        assert pack(15 * one, 4)[j % 16] == 15 << 4 * (j // 16) and pack(15 * one, 4).count_nonzero() == 1
-        low, high = pack(7 * one, 3).split([8, 4])
-        assert low[j % 8] == 3 << 2 * (j // 8) and low.count_nonzero() == 1
-        assert high[j % 4] == 1 << j // 4 and high.count_nonzero() == 1
+    # Each coordinate alone, at the bits that Format describes.
+    for j in range(64):
+        one = (torch.arange(64) == j).to(torch.uint8)
+        assert _set_bits(pack(15 * one, 4)) == {4 * j + bit for bit in range(4)}
+        magnitudes, signs = pack(7 * one, 3).split([16, 8])
+        word, i = divmod(j, 16)
+        first = 32 * word + (4 * i if i < 8 else 4 * (i - 8) + 2)
+        assert _set_bits(magnitudes) == {first, first + 1}
+        assert _set_bits(signs) == {16 * word + (3, 7, 11, 15, 2, 6, 10, 14, 1, 5, 9, 13, 0, 4, 8, 12)[i]}
+        assert pack(255 * one, 8).tolist() == (255 * one).tolist()
+
+
+def _set_bits(packed):
+    return {8 * i + bit for i, byte in enumerate(packed.tolist()) for bit in range(8) if byte >> bit & 1}
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -89,7 +96,7 @@ def test_keys_are_unbiased(bits, width):
         assert products.mean().item() == pytest.approx(1, abs=5e-4) and products.std() < 1e-3  # what rounding the scale to float16 leaves
 
 
-@given(st.sampled_from([3, 4]), st.sampled_from([16, 64, 128]), seeds)
+@given(st.sampled_from([3, 4]), st.sampled_from([32, 64, 128]), seeds)
 def test_values_have_the_best_scale(bits, width, seed):
     x = random_tensor(seed, (5, width), torch.float32, "cpu")
     codes, scale = quantize(x, bits, unbiased=False)
@@ -151,13 +158,13 @@ def test_large_norms_that_fit(unbiased):
 def test_other_bits(bits):
     for function in (lambda x: pack(x, bits), lambda x: unpack(x, bits), lambda x: quantize(x.float(), bits, True)):
         with pytest.raises(ValueError, match=f"3, 4 or 8 bits, got {bits}"):
-            function(torch.zeros(2, 16, dtype=torch.uint8))
+            function(torch.zeros(2, 32, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("width", [8, 24, 96])
+@pytest.mark.parametrize("width", [8, 16, 24, 96])
 def test_other_widths(width):
     for function in (lambda x: pack(x, 4), lambda x: quantize(x.float(), 4, True)):
-        with pytest.raises(ValueError, match=f"power of two from 16 on, got {width}"):
+        with pytest.raises(ValueError, match=f"power of two from 32 on, got {width}"):
             function(torch.zeros(2, width, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="power of two from 16 on, got 18"):
+    with pytest.raises(ValueError, match="power of two from 32 on, got 18"):
         unpack(torch.zeros(2, 7, dtype=torch.uint8), 3)

@@ -28,7 +28,7 @@ def positions(draw) -> list[int]:
 
 
 @given(
-    st.sampled_from(FORMATS), st.integers(1, 2), st.sampled_from([1, 3, 4]), st.sampled_from([16, 64, 128]), positions(),
+    st.sampled_from(FORMATS), st.integers(1, 2), st.sampled_from([1, 3, 4]), st.sampled_from([32, 64, 128]), positions(),
     st.integers(0, 3), st.integers(0, 4), st.integers(-1, S), st.lists(st.integers(0, 4), min_size=2, max_size=2),
     dtypes, layouts, st.sampled_from(["contiguous", "transposed", "sliced"]), st.booleans(), seeds,
 )  # fmt: skip
@@ -57,8 +57,8 @@ def test_kernel_equals_reference(
 @pytest.mark.parametrize("format", FORMATS)
 def test_which_tokens_are_kept(device, format):
     # Left padding of 0 and 3 slots, 2 sinks, a window of 3, and two tokens of padding at the right, beyond slot 6.
-    k, v = (random_tensor(i, (2, 2, S, 16), torch.float32, device) for i in (0, 1))
-    buffers = poisoned(format, 2, 2, S, 16, 5, torch.float32, device)
+    k, v = (random_tensor(i, (2, 2, S, 32), torch.float32, device) for i in (0, 1))
+    buffers = poisoned(format, 2, 2, S, 32, 5, torch.float32, device)
     quantized_kv_write_triton(k, v, *buffers, torch.arange(S, device=device), int64([6], device), int64([0, 3], device), 2, format)
     for side, x in enumerate((k, v)):
         for row, tokens in enumerate(([0, 1, 6, 4, 5], [3, 4, 6, 4, 5])):
@@ -88,16 +88,16 @@ def test_writes_nothing_around_the_cache(device):
 @pytest.mark.parametrize("slot", [S, -S - 1, 2**40])
 def test_out_of_range_writes_nothing(slot):
     # On the CPU only: on a GPU the device-side assert would end the CUDA context of the whole test run.
-    buffers = poisoned("int4", 1, 1, S, 16, 4, torch.float32, "cpu")
+    buffers = poisoned("int4", 1, 1, S, 32, 4, torch.float32, "cpu")
     before = buffers.clone()
     quantized_kv_write_triton(
-        torch.ones(1, 1, 1, 16), torch.ones(1, 1, 1, 16), *buffers, int64([slot], "cpu"), int64([slot], "cpu"), int64([0], "cpu"), 2, "int4"
+        torch.ones(1, 1, 1, 32), torch.ones(1, 1, 1, 32), *buffers, int64([slot], "cpu"), int64([slot], "cpu"), int64([0], "cpu"), 2, "int4"
     )
     for actual, expected in zip(buffers, before):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 0, 16), (0, 2, 1, 16), (1, 0, 1, 16)])
+@pytest.mark.parametrize("shape", [(1, 2, 0, 32), (0, 2, 1, 32), (1, 0, 1, 32)])
 def test_nothing_to_write(device, shape):
     batch, heads, tokens, width = shape
     buffers = poisoned("int4", batch, heads, S, width, 2, torch.float32, device)
@@ -121,7 +121,7 @@ def test_opcheck(device, dtype, format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_no_scale_fits_is_refused_before_a_write(name, value, format):
     arguments = valid_arguments() | {"format": format}
-    arguments.update(poisoned(format, 1, 1, 4, 16, 2, torch.float32, "cpu")._asdict())
+    arguments.update(poisoned(format, 1, 1, 4, 32, 2, torch.float32, "cpu")._asdict())
     before = arguments["k_codes"].clone()
     arguments[name][0, 0, 0, 5] = value
     with pytest.raises(ValueError, match=r"at \(0, 0, 0\) has the largest magnitude"):
@@ -130,10 +130,10 @@ def test_what_no_scale_fits_is_refused_before_a_write(name, value, format):
 
 
 def valid_arguments() -> dict[str, Any]:
-    buffers = poisoned("int4", 1, 1, 4, 16, 2, torch.float32, "cpu")
+    buffers = poisoned("int4", 1, 1, 4, 32, 2, torch.float32, "cpu")
     zero = int64([0], "cpu")
     return dict(
-        k=torch.ones(1, 1, 1, 16), v=torch.ones(1, 1, 1, 16), **buffers._asdict(), position=zero, last=zero, start=zero, sinks=1, format="int4"
+        k=torch.ones(1, 1, 1, 32), v=torch.ones(1, 1, 1, 32), **buffers._asdict(), position=zero, last=zero, start=zero, sinks=1, format="int4"
     )
 
 
@@ -141,15 +141,15 @@ def valid_arguments() -> dict[str, Any]:
     ("changes", "error", "message"),
     [
         (dict(format="bf16"), ValueError, "one of int4, k4v3, int3, fp8, got 'bf16'"),
-        (dict(format="int3"), ValueError, r"k_codes must have the shape \(1, 1, 4, 6\), got \(1, 1, 4, 8\)"),
-        (dict(k=torch.ones(1, 1, 1, 16).half()), TypeError, "k must have the dtype of kept"),
-        (dict(v=torch.ones(1, 1, 2, 16)), ValueError, r"v must have the shape \(1, 1, 1, 16\), got \(1, 1, 2, 16\)"),
-        (dict(kept=torch.ones(2, 1, 1, 2, 16).int()), TypeError, "kept must be .*int32"),
-        (dict(kept=torch.ones(2, 1, 1, 2, 24)), ValueError, "power of two from 16 on, got 24"),
-        (dict(kept=torch.ones(1, 1, 2, 16)), ValueError, r"kept must have the shape \[2, B, H, sinks \+ window, D\]"),
+        (dict(format="int3"), ValueError, r"k_codes must have the shape \(1, 1, 4, 12\), got \(1, 1, 4, 16\)"),
+        (dict(k=torch.ones(1, 1, 1, 32).half()), TypeError, "k must have the dtype of kept"),
+        (dict(v=torch.ones(1, 1, 2, 32)), ValueError, r"v must have the shape \(1, 1, 1, 32\), got \(1, 1, 2, 32\)"),
+        (dict(kept=torch.ones(2, 1, 1, 2, 32).int()), TypeError, "kept must be .*int32"),
+        (dict(kept=torch.ones(2, 1, 1, 2, 24)), ValueError, "power of two from 32 on, got 24"),
+        (dict(kept=torch.ones(1, 1, 2, 32)), ValueError, r"kept must have the shape \[2, B, H, sinks \+ window, D\]"),
         (dict(k_codes=torch.ones(1, 1, 4, 8)), TypeError, "k_codes must be uint8, got torch.float32"),
-        (dict(k_codes=torch.ones(1, 4, 8).byte()), ValueError, r"k_codes must have the shape \[B, H, S, 8\]"),
-        (dict(v_codes=torch.ones(1, 1, 4, 16).byte()[..., ::2]), ValueError, "v_codes must have a last stride of 1"),
+        (dict(k_codes=torch.ones(1, 4, 8).byte()), ValueError, r"k_codes must have the shape \[B, H, S, 16\]"),
+        (dict(v_codes=torch.ones(1, 1, 4, 32).byte()[..., ::2]), ValueError, "v_codes must have a last stride of 1"),
         (dict(scales=torch.ones(2, 1, 1, 4)), TypeError, "scales must be float16, got torch.float32"),
         (dict(scales=torch.ones(1, 1, 1, 4).half()), ValueError, r"scales must have the shape \(2, 1, 1, 4\)"),
         (dict(position=torch.tensor([0]).int()), TypeError, "position must be int64, got torch.int32"),
