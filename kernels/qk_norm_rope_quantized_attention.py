@@ -33,7 +33,7 @@ from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_atten
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, rotary_reference
 from qtts_compile.kernels.rows import with_unit_stride
-from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, rotated, store_codes_states
+from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, load_codes, load_kept, rotated, store_columns
 from qtts_compile.kernels.turboquant.combine import combine
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers
@@ -116,6 +116,15 @@ def check_qk_norm_rope_quantized_attention(
 
 
 @triton.jit
+def _queries(q_heads, q_weight, q_eps, angles, scale, D: tl.constexpr):
+    """Return the rows of queries, scaled by log2(e)."""
+    q_rows = ()
+    for m in tl.static_range(len(q_heads)):
+        q_rows = q_rows + (norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E),)
+    return q_rows
+
+
+@triton.jit
 def _qk_norm_rope_quantized_attention_kernel(
     Q_ptr, K_ptr, V_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr, Position_ptr, Start_ptr,
     Mask_ptr, Out_ptr, Max_ptr, Sum_ptr, H_k, S, q_eps, k_eps, scale, stride_start,
@@ -148,42 +157,49 @@ def _qk_norm_rope_quantized_attention_kernel(
     start = tl.load(Start_ptr + batch * stride_start)
     offset = batch * angle_strides[1]
     angles = load_angles(Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+    # What is known to be needed is requested before anything is computed, to wait for memory once.
     if part < N_PARTS:
         q_heads = ()
         for m in tl.static_range(BLOCK_M):
             q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), is_row(place, m, GROUP), columns, partners),)
-        live_bits = 1
         if part < 0:
             live_bits = look_ahead(0, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
-        if N_LOOKS > 1 or live_bits != 0:
-            q_rows = ()
-            for m in tl.static_range(BLOCK_M):
-                q_rows = q_rows + (norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E),)
-            if part < 0:
+            if N_LOOKS > 1 or live_bits != 0:
+                codes = load_codes(
+                    tl.program_id(1), K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_codes_strides[2], v_codes_strides[2],
+                    scales_strides[3], Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, FLOOR,
+                    K_BITS, V_BITS, SINKS, WINDOW,
+                )  # fmt: skip
                 q_codes = ()
+                q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D)
                 for m in tl.static_range(BLOCK_M):
                     q_codes = q_codes + (rotated(q_rows[m], K_BITS),)
-                code_states = attend_codes(
-                    q_codes, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
+                states = attend_codes(
+                    q_codes, codes, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
                     k_codes_strides[2], v_codes_strides[2], scales_strides[3],
                     Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR,
                     K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty,
                 )  # fmt: skip
-                store_codes_states(code_states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, V_BITS)
+                store_columns(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, V_BITS)
             else:
-                states = attend_kept(
-                    q_rows, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
-                    GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
-                )  # fmt: skip
-                if part == N_PARTS - 1:  # which has the fewest kept tokens
-                    key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-                    value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
-                    biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
-                    k = norm_rotate(key, k_weight, k_eps, angles, D)
-                    states = attend_key(states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
-                store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+                store_rows(no_keys_yet(BLOCK_M, D), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
         else:
-            store_rows(no_keys_yet(BLOCK_M, D), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+            kept = load_kept(
+                part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
+                GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW,
+            )  # fmt: skip
+            q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D)
+            row_states = attend_kept(
+                q_rows, kept, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
+                GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
+            )  # fmt: skip
+            if part == N_PARTS - 1:  # which has the fewest kept tokens
+                key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
+                value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
+                biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
+                k = norm_rotate(key, k_weight, k_eps, angles, D)
+                row_states = attend_key(row_states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
+            store_rows(row_states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
     elif first_row == 0:
         if part == N_PARTS:
             key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)

@@ -62,7 +62,7 @@ class TurboQuantKVCache(StaticKVCache):
         start: int64 ``[batch]``, the first slot of each row that is not left padding. The tensor itself is kept, and may be written later.
 
     Raises:
-        ValueError: an unknown format, a head_dim that is no power of two from 16 on, or as :meth:`Protect.check`.
+        ValueError: an unknown format, a head_dim that is no power of two from 32 on, or as :meth:`Protect.check`.
         TypeError: as :meth:`Protect.check`.
     """
 
@@ -155,7 +155,7 @@ def warn_of(cache: StaticKVCache, stacklevel: int) -> None:
     if not isinstance(cache, TurboQuantKVCache):
         return
     if cache.quantized_layers:
-        message = "is experimental: its speed and what it does to speech have not been measured yet; the default, 'bf16', has been"
+        message = "is experimental: attention over random keys with outlier channels fails this project's limits (see README); the default is 'bf16'"
     else:
         message = f"quantises nothing: {cache.protect} keeps all {cache.layers} layers of this model as they are; lower first_layers and last_layers"
     warnings.warn(f"kv_cache={cache.format.name!r} {message}", stacklevel=stacklevel + 1)

@@ -197,7 +197,9 @@ def test_quality_is_measured_on_the_embedded_model_and_shown(machine, capsys):
     shown = tables.TABLES["quality"](tables.Results("quality"))
     assert f"| `int4` | default | {of['default']['of_dense']:.0%} | {of['default']['cosine']:.4f} " in shown
     file.write_text(file.read_text().replace('"part": "free"', '"part": "other"'))
-    with pytest.raises(LookupError, match="quality.json has no rows of the part free"):
+    assert "frames of bf16's" in shown and "frames of bf16's" not in tables.TABLES["quality"](tables.Results("quality"))
+    file.write_text(file.read_text().replace('"part": "model"', '"part": "other"'))
+    with pytest.raises(LookupError, match="quality.json has no rows of the part model"):
         tables.TABLES["quality"](tables.Results("quality"))
 
 
@@ -268,4 +270,4 @@ def test_every_launch_of_a_search_is_one_that_the_kernel_takes(name):
     (arguments,) = attention.build_arguments(name, case, 1, "meta", copies=1)
     for launch in launches:
         inspect.signature(attention.kernel_of(name, "cuda")).bind(*arguments, **launch)
-    assert {launch["block_m"] for launch in launches} == {1, 2} and {launch["num_warps"] for launch in launches} == {1, 2, 4, 8}
+    assert {launch["block_m"] for launch in launches} == {1, 2} and {launch["num_warps"] for launch in launches} == {1, 2, 4}

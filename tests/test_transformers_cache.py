@@ -119,7 +119,7 @@ def test_more_tokens_than_slots_are_refused(talker):
         generate_codes(talker, 1, [65], past_key_values=cache_for(talker, [9]))
 
 
-def keys(batch=2, heads=2, tokens=1, width=16, **kwargs):
+def keys(batch=2, heads=2, tokens=1, width=32, **kwargs):
     return torch.zeros(batch, heads, tokens, width, **kwargs)
 
 
@@ -128,7 +128,7 @@ def keys(batch=2, heads=2, tokens=1, width=16, **kwargs):
     [
         (keys(batch=1), 0, ValueError, "made for batch=2 and the model has batch=1"),
         (keys(heads=4), 0, ValueError, "made for KV heads=2 and the model has KV heads=4"),
-        (keys(width=32), 0, ValueError, "made for head_dim=16 and the model has head_dim=32"),
+        (keys(width=16), 0, ValueError, "made for head_dim=32 and the model has head_dim=16"),
         (keys(dtype=torch.bfloat16), 0, TypeError, "made for torch.float32 and the model has torch.bfloat16: make it with dtype=torch.bfloat16"),
         (keys(device="meta"), 0, ValueError, "on cpu and the model on meta"),
         (keys(), 3, ValueError, "of a stack of 3 layers and the model has a layer 3"),

@@ -56,15 +56,15 @@ def load_codes(
 
 @triton.jit
 def attend_codes(
-    q_rows, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
+    q_rows, loaded, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
     Mask_ptr, mask_strides, place, S, row, start,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr,
     FLOOR: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Return the states of rotated queries ``[D]`` after what is only there as codes, in this one's tiles of ``n_splits`` programs of one head.
 
-    ``live_bits`` is the first look ahead. Queries and weights are rounded to ``DTYPE``. The states are maxima ``[COLUMNS]``, sums ``[COLUMNS]`` and
-    outputs ``[D, COLUMNS]`` of which row i is coordinate :func:`value_coordinate` (i).
+    ``loaded`` is the first of them and ``live_bits`` the first look ahead. Queries and weights are rounded to ``DTYPE``. The states are maxima
+    ``[COLUMNS]``, sums ``[COLUMNS]`` and outputs ``[D, COLUMNS]`` of which row i is coordinate :func:`value_coordinate` (i).
     """
     # Not as columns from the start: Triton would compute the rotation in their layout, which each value takes eight times.
     q = tl.zeros([COLUMNS, D], tl.float32)
@@ -72,12 +72,7 @@ def attend_codes(
         q = tl.where((tl.arange(0, COLUMNS) == m)[:, None], in_key_order(q_rows[m], 1, D), q)
     q = tl.trans(_rounded(q, DTYPE))
     states = tl.full([COLUMNS], float("-inf"), tl.float32), tl.zeros([COLUMNS], tl.float32), tl.zeros([D, COLUMNS], tl.float32)
-    # The next tile is requested before a tile is computed.
     tile = tl.program_id(1)
-    loaded = load_codes(
-        tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
-        Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, FLOOR, K_BITS, V_BITS, SINKS, WINDOW,
-    )  # fmt: skip
     for look in range(N_LOOKS):
         next_bits = 0
         if N_LOOKS > 1:
@@ -87,7 +82,7 @@ def attend_codes(
             is_next_live = ((live_bits >> (i + 1)) & 1) != 0
             if N_LOOKS > 1:
                 is_next_live = tl.where(i + 1 < LOOK_AHEAD, is_next_live, (next_bits & 1) != 0)
-            following = loaded
+            following = loaded  # the next tile is requested before a tile is computed
             if is_next_live:
                 following = load_codes(
                     tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
@@ -161,9 +156,7 @@ def value_coordinate(i, D: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def store_codes_states(
-    states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, V_BITS: tl.constexpr
-):
+def store_columns(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, V_BITS: tl.constexpr):
     """Store what a split of :func:`attend_codes` contributes, rotated as values are."""
     row_max, row_sum, out = states
     _, _, first_row, T = place
@@ -194,23 +187,34 @@ def _dot(a, b, c=None):
 
 
 @triton.jit
+def load_kept(
+    tile, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Load a tile of the sinks and recent tokens, the new one excepted: keys, values ``[KEPT_TILE, D]`` and their biases."""
+    rows = (tl.arange(0, KEPT_TILE) + tile * KEPT_TILE).to(tl.int64)
+    age = (row % WINDOW - (rows - SINKS) + WINDOW) % WINDOW
+    slots = tl.where(rows < SINKS, start + rows, row - age)
+    is_sink, _ = find_kept(slots, row, start, SINKS, WINDOW)
+    is_there = (rows < SINKS + WINDOW) & (slots >= 0) & (slots < row) & (is_sink == (rows < SINKS))
+    biases = load_biases(Mask_ptr, mask_strides, place, slots, is_there, GROUP, MASK_ROWS, FLOOR)
+    readable = is_attended(biases)
+    return load_tile(K_kept_ptr, kept_stride, rows, readable, D, D), load_tile(V_kept_ptr, kept_stride, rows, readable, D, D), biases
+
+
+@triton.jit
 def attend_kept(
-    q_rows, part, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start,
+    q_rows, loaded, part, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
     N_PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Return the states of queries after one of ``N_PARTS`` parts of the sinks and recent tokens, the new one excepted."""
-    states = no_keys_yet(len(q_rows), D)
-    for tile in range(part, (SINKS + WINDOW + KEPT_TILE - 1) // KEPT_TILE, N_PARTS):
-        rows = (tl.arange(0, KEPT_TILE) + tile * KEPT_TILE).to(tl.int64)
-        age = (row % WINDOW - (rows - SINKS) + WINDOW) % WINDOW
-        slots = tl.where(rows < SINKS, start + rows, row - age)
-        is_sink, _ = find_kept(slots, row, start, SINKS, WINDOW)
-        is_there = (rows < SINKS + WINDOW) & (slots >= 0) & (slots < row) & (is_sink == (rows < SINKS))
-        biases = load_biases(Mask_ptr, mask_strides, place, slots, is_there, GROUP, MASK_ROWS, FLOOR)
-        readable = is_attended(biases)
-        k = load_tile(K_kept_ptr, kept_stride, rows, readable, D, D)
-        v = load_tile(V_kept_ptr, kept_stride, rows, readable, D, D)
+    """Return the states of queries after one of ``N_PARTS`` parts of the kept tokens, of which the first tile is ``loaded``."""
+    k, v, biases = loaded
+    states = attend(no_keys_yet(len(q_rows), D), q_rows, k, v, biases)
+    for tile in range(part + N_PARTS, (SINKS + WINDOW + KEPT_TILE - 1) // KEPT_TILE, N_PARTS):
+        k, v, biases = load_kept(
+            tile, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start, GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW
+        )
         states = attend(states, q_rows, k, v, biases)
     return states
 

@@ -10,12 +10,14 @@ import triton.language as tl
 from qtts_compile.kernels.turboquant.levels import levels_of
 
 HIGH_SIGNS = tl.constexpr(-0x77780000)  # 0x88880000 of an int32
+SIGN = tl.constexpr(-(2**31))
+E4M3_UNIT = tl.constexpr(2.0**120)
 
 
 @triton.constexpr_function
 def words_of(D, BITS):
-    """Return how many numbers :func:`load_words` makes of a row: words of 32 bits, or bytes."""
-    return D if BITS == 8 else D // 8 if BITS == 4 else D // 16
+    """Return how many words of 32 bits :func:`load_words` makes of a row."""
+    return D // 4 if BITS == 8 else D // 8 if BITS == 4 else D // 16
 
 
 @triton.jit
@@ -24,28 +26,30 @@ def load_words(Codes_ptr, words, mask, D: tl.constexpr, BITS: tl.constexpr, CONT
 
     A lane is given no more than ``CONTIGUOUS`` neighbours, a tuple with an entry for each dimension.
     """
-    if BITS == 8:
-        return (_load(Codes_ptr + words, mask, CONTIGUOUS),)
-    elif BITS == 4:
-        return (_load(Codes_ptr.to(tl.pointer_type(tl.int32)) + words, mask, CONTIGUOUS),)
-    else:
-        signs = _load((Codes_ptr + D // 4).to(tl.pointer_type(tl.int16)) + words, mask, CONTIGUOUS)
-        return _load(Codes_ptr.to(tl.pointer_type(tl.int32)) + words, mask, CONTIGUOUS), signs
+    loaded = (_load(Codes_ptr.to(tl.pointer_type(tl.int32)), words, mask, CONTIGUOUS),)
+    if BITS == 3:
+        loaded = loaded + (_load((Codes_ptr + D // 4).to(tl.pointer_type(tl.int16)), words, mask, CONTIGUOUS),)
+    return loaded
 
 
 @triton.jit
-def _load(pointers, mask, CONTIGUOUS: tl.constexpr):
-    return tl.load(tl.max_contiguous(pointers, CONTIGUOUS), mask=mask, other=0).to(tl.int32)
+def _load(Rows_ptr, words, mask, CONTIGUOUS: tl.constexpr):
+    pointers = tl.max_contiguous(Rows_ptr + words, CONTIGUOUS)  # Triton drops what is said of an argument
+    return tl.load(pointers, mask=mask, other=0).to(tl.int32)
 
 
 @triton.jit
 def decode_words(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Return what the coordinates of ``words`` are in units of their scales, in ``DTYPE``. All are finite, whatever the words.
 
-    The coordinates of a word take three more dimensions of 2, or four with 3 bits. With 3 and 4 bits they are those of the rotated vector.
+    The coordinates of a word take more dimensions of 2: two with 8 bits, three with 4, four with 3. With 3 and 4 bits they are those of the
+    rotated vector.
     """
     if BITS == 8:
-        return from_e4m3(words[0]).to(DTYPE)
+        coordinates = ()
+        for i in tl.static_range(4):
+            coordinates = coordinates + (from_e4m3(words[0] >> 8 * i).to(DTYPE),)
+        return tl.join(tl.join(coordinates[0], coordinates[2]), tl.join(coordinates[1], coordinates[3]))
     elif BITS == 4:
         return _join_eight(levels_of(words[0], BITS, DTYPE))
     else:
@@ -69,7 +73,7 @@ def _join_eight(parts):
 
 @triton.jit
 def from_e4m3(codes):
-    """Return the float32 values of e4m3 bits, int32, with NaN as 480."""
-    # The bits of a float16 of the same sign, exponent and mantissa, whose bias is larger by 8.
-    bits = (((codes & 0x80) << 8) | ((codes & 0x7F) << 7)).to(tl.int16)
-    return bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    """Return the float32 values of e4m3 bits, the lowest of int32 ``codes``, with NaN as 480."""
+    # The bits of a float32 of the same sign, exponent and mantissa, whose bias is larger by 120.
+    bits = ((codes << 20) & 0x07F00000) | ((codes << 24) & SIGN)
+    return bits.to(tl.float32, bitcast=True) * E4M3_UNIT

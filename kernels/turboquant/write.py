@@ -33,7 +33,7 @@ def quantized_kv_write(
     GPU it is not written and trips a device-side assert.
 
     Raises ``TypeError`` for a wrong dtype, and ``ValueError`` for shapes that do not match, an unknown ``format``, a D that is not a power of
-    two from 16 on, ``sinks`` that ``kept`` has no room for, different devices or a buffer whose last stride is not 1. Vectors that
+    two from 32 on, ``sinks`` that ``kept`` has no room for, different devices or a buffer whose last stride is not 1. Vectors that
     ``codec.quantize`` refuses raise ``ValueError`` on the CPU, before anything is written, and trip a device-side assert on the GPU.
     """
     torch.ops.qtts.quantized_kv_write.default(k, v, k_codes, v_codes, scales, kept, position, last, start, sinks, format)

@@ -109,11 +109,11 @@ _TALKER = ModelCase(
     intermediate=384,
     heads=4,
     kv_heads=2,
-    head_dim=16,
+    head_dim=32,
     rope_layout="interleaved",
-    sections=(4, 2, 2),
+    sections=(8, 4, 4),
 )
-_PREDICTOR = ModelCase("predictor", "predictor", layers=3, hidden=64, intermediate=192, heads=4, kv_heads=2, head_dim=16)
+_PREDICTOR = ModelCase("predictor", "predictor", layers=3, hidden=64, intermediate=192, heads=4, kv_heads=2, head_dim=32)
 _PLAIN = replace(_PREDICTOR, intermediate=160, layers=2)
 
 CASES: list[ModelCase] = [

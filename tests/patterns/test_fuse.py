@@ -107,7 +107,7 @@ def layer_inputs(layers=2, tokens=1, dtype=torch.float32):
 
 
 def attend(q, k, v, mask):
-    k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(x.shape[0], HEADS, SLOTS, WIDTH) for x in (k, v))
+    k, v = (x[:, :, None].expand(-1, -1, 2, -1, -1).reshape(x.shape[0], HEADS, *x.shape[2:]) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.25)
 
 

@@ -42,7 +42,7 @@ def layer(q, k, v, q_weight, k_weight, cos, sin, k_codes, v_codes, scales, kept,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_layer_becomes_one_kernel(format, dtype):
     def function(*tensors):
-        return layer(*tensors[:15], format=format), layer(*tensors[15:], format=format)
+        return layer(*tensors[:14], format=format), layer(*tensors[14:], format=format)
 
     tensors = [*layer_inputs(format, dtype), *layer_inputs(format, dtype)]
     tolerance = None if dtype == torch.float32 else 4 * torch.finfo(dtype).eps * max(x.abs().max().item() for x in (tensors[2], tensors[10]))
@@ -106,8 +106,8 @@ def test_what_is_not_one_layer_is_refused_with_its_reason(function, reason):
 
 def test_a_cache_that_is_only_read_is_refused():
     def function(q, k, v, q_weight, k_weight, cos, sin, *rest):
-        keys, values = quantized_kv_read(*rest[:4], *rest[4:7], SINKS, "int4")
-        return attend(rotate(norm(q, q_weight).transpose(1, 2), cos, sin), keys, values, rest[7])
+        keys, values = quantized_kv_read(*rest[:4], *rest[4:6], SINKS, "int4")
+        return attend(rotate(norm(q, q_weight).transpose(1, 2), cos, sin), keys, values, rest[6])
 
     report, _ = rewritten(function, *layer_inputs())
     assert FUSED not in kernels(report) and "not written, as a whole" in report.refusals[0].reason
