@@ -71,9 +71,9 @@ def qk_norm_rope_quantized_attention(
     ``q`` is ``[B, Hq, 1, D]``, ``k`` and ``v`` are ``[B, Hk, 1, D]``; the arguments from ``k_codes`` on are those of ``quantized_kv_write``
     and ``quantized_kv_read``, with ``position`` ``[1]`` as ``last``, the others those of ``qk_norm_rope_attention``, with the same rounding
     of queries and keys. Attention is computed in float32 over what ``quantized_kv_read`` decodes, before it is rounded, and over the new
-    token as it is; on a GPU rotated queries and the weights of codes are rounded to the dtype, for the tensor cores.
-    ``mask`` ``[B, Hq, 1, S]`` counts slots. ``kept`` must have room for a recent token. The result ``[B, Hq, 1, D]`` has the
-    strides of ``decode_attention``'s.
+    token as it is; on a GPU rotated queries and the weights of codes are rounded to the dtype, for the tensor cores. ``mask``
+    ``[B, Hq, 1, S]`` counts slots. ``kept`` must have room for a recent token. The result ``[B, Hq, 1, D]`` has the strides of
+    ``decode_attention``'s.
 
     The weights of the norms must be at rest, as for ``qk_norm_rope_attention``.
 
