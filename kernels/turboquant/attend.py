@@ -1,8 +1,8 @@
 """Parts of attention over a quantised KV cache, for kernels to use: over codes, on the tensor cores, and over kept tokens.
 
 Tiles are laid out so that what a lane loads is what the tensor cores want from it (the fragments of mma.m16n8k16, PTX ISA): with Triton 3.6 keys and
-values never leave their lanes, with another they may go through shared memory. Coordinates are in the order of these fragments, which is a permutation
-of the bits of their index.
+values never leave their lanes, with another they may go through shared memory. Coordinates are in the order of these fragments, which is a
+permutation of the bits of their index.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportAssignmentType=false, reportArgumentType=false
