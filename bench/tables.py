@@ -252,10 +252,11 @@ def caches(results: Results) -> str:
     rows = []
     for row in (row for row in results.rows if "ms_per_frame" in row and "cache" in row["figures"]):
         figures = {label: figure["median"] for label, figure in row["figures"].items()}
-        numbers = [f"{figures['frame']:.2f}", f"{figures['keys and values read']:.0f}", f"{figures['cache']:.0f}"]
+        place = [str(row["batch"]), str(row["slots"]), row["row"].split()[3]]
+        numbers = [f"{figures['frame']:.2f}", f"{figures['floor']:.2f}", f"{figures['keys and values read']:.0f}", f"{figures['cache']:.0f}"]
         memory = f"{results.figure(row['job'], 'memory', 'allocated, frames'):.2f}"
-        rows.append([f"`{row.get('kv_cache', 'bf16')}`", str(row["batch"]), str(row["slots"]), row["row"].split()[3], *numbers, memory])
-    titles = ["cache", "texts", "slots", "position", "ms/frame", "keys and values read, MB", "cache, MiB", "GiB allocated"]
+        rows.append([row["size"].upper(), f"`{row.get('kv_cache', 'bf16')}`", *place, *numbers, memory])
+    titles = ["model", "cache", "texts", "slots", "position", "ms/frame", "floor, ms", "keys and values read, MB", "cache, MiB", "GiB allocated"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
 

@@ -48,6 +48,12 @@ def is_call_of(node: Any, op: str) -> bool:
     return isinstance(node, fx.Node) and node.target in (packet.default, packet.tensor_eps)
 
 
+def called(node: fx.Node) -> torch._ops.OpOverload | None:
+    """Return the operator that a node calls, as it is or in functional form."""
+    target = node.args[0] if node.args and isinstance(node.args[0], torch._ops.OpOverload) else node.target
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
 def dtypes_and_devices(graph: fx.Graph) -> list[tuple[torch.dtype, torch.device]]:
     """Return the floating dtypes that occur in a graph, with their devices, in order of appearance."""
     seen: dict[tuple[torch.dtype, torch.device], None] = {}

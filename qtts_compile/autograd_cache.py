@@ -113,7 +113,7 @@ def key(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, com
     places = [module_path(node) for graph in graphs for node in graph.nodes]
     static = [node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") for node in gm.graph.find_nodes(op="placeholder")]
     sizes = [hint(value) for value in example_inputs if not isinstance(value, torch.Tensor)]
-    chosen = options.layers, sorted(options.disable), options.strict, options.executor
+    chosen = options.layers, sorted(options.disable), options.strict, options.executor, options.kv_cache
     return hashlib.sha256(repr((source_digest(), chosen, compiler, sizes, static, places)).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshap
 from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
 from qtts_compile.autograd_cache import inductors_own_cache, settings, storable
+from qtts_compile.cache_check import check_kv_cache
 from qtts_compile.kernels.library import register_lowerings
 from qtts_compile.options import Options
 from qtts_compile.report import GraphReport, publish
@@ -43,7 +44,7 @@ def qtts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
         options: see :class:`qtts_compile.options.Options`.
 
     Raises:
-        ValueError: an unknown or impossible option.
+        ValueError: an unknown or impossible option, or a graph over another cache than ``kv_cache``.
         NotRewritten: with ``strict``, when an expected rewrite did not match.
     """
     parsed = Options.parse(mode, options)
@@ -75,6 +76,8 @@ qtts.reset = reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Options, **kwargs: Any) -> Any:
+    if not kwargs.get("is_backward"):
+        check_kv_cache(gm, options.kv_cache)
     if kwargs.get("is_inference"):
         report = rewrite(gm, options)
     else:

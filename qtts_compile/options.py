@@ -23,6 +23,8 @@ class Options:
         disable: names of rewrites to leave out.
         strict: raise when a building block is seen in the graph and not rewritten.
         executor: "inductor" generates code for what is not rewritten; "eager" runs the rewritten graph op by op (no compiler needed).
+        kv_cache: "bf16", "int4", "int3", "k4v3" or "fp8", the cache that graphs must read ("bf16": one in the model's dtype), else compiling raises.
+            The caller hands it to the model (:class:`qtts_compile.TurboQuantCache`); None is whatever they hand.
         inductor: options of Inductor's own, passed through.
     """
 
@@ -31,6 +33,7 @@ class Options:
     disable: frozenset[str] = frozenset()
     strict: bool = False
     executor: str = "inductor"
+    kv_cache: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -69,6 +72,10 @@ def _executor(value: Any) -> str:
     return _one_of("executor", value, EXECUTORS)
 
 
+def _kv_cache(value: Any) -> str | None:
+    return None if value is None else _one_of("kv_cache", value, KV_CACHES)
+
+
 def _strict(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"strict={value!r} is not a bool; valid: True, False")
@@ -101,4 +108,11 @@ def _disable(value: Any) -> frozenset[str]:
     return frozenset(value)
 
 
-_READERS: dict[str, Callable[[Any], Any]] = {"mode": _mode, "layers": _layers, "disable": _disable, "strict": _strict, "executor": _executor}
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "mode": _mode,
+    "layers": _layers,
+    "disable": _disable,
+    "strict": _strict,
+    "executor": _executor,
+    "kv_cache": _kv_cache,
+}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import time
 
-import torch
 from torch import fx
 
 from qtts_compile.options import Options
 from qtts_compile.patterns.catalogue import FUSE, LIFT, OPS
-from qtts_compile.patterns.graph import module_path
+from qtts_compile.patterns.graph import called, module_path
 from qtts_compile.patterns.matching import Pattern, find, nearest_failure
 from qtts_compile.patterns.scope import Refusal, Scope, layer_count
 from qtts_compile.patterns.tracing import canonicalize
@@ -102,9 +101,9 @@ def _kernels(graph: fx.Graph) -> dict[str, list[str]]:
     names = {f"qtts::{op}": name for name, op in OPS.items()}
     kernels: dict[str, list[str]] = {}
     for node in graph.nodes:
-        target = node.args[0] if node.args and isinstance(node.args[0], torch._ops.OpOverload) else node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.name in names:
-            kernels.setdefault(names[target._schema.name], []).append(module_path(node))
+        op = called(node)
+        if op is not None and op._schema.name in names:
+            kernels.setdefault(names[op._schema.name], []).append(module_path(node))
     return kernels
 
 

@@ -44,7 +44,7 @@ def compile(obj: Any, *, mode: str | None = None, options: Mapping[str, Any] | N
         dynamic: torch.compile's ``dynamic``.
 
     Raises:
-        ValueError: a wrong option, or a ``layers`` range beyond a stack's layers.
+        ValueError: a wrong option, a ``layers`` range beyond a stack's layers, or a quantised ``kv_cache`` for several stacks.
         TypeError: no decoder stack was found in ``obj``.
     """
     parsed = Options.parse(mode, options)
@@ -60,6 +60,13 @@ def compile(obj: Any, *, mode: str | None = None, options: Mapping[str, Any] | N
                 f"layers={parsed.layers} reaches beyond the {stack.layers} layers of {stack.name}; "
                 "compile the stacks one by one to give each its own range: qtts_compile.compile(stack, options=...)"
             )
+    if parsed.kv_cache not in (None, "bf16") and len(stacks) > 1:
+        names = ", ".join(stack.name for stack in stacks)
+        raise ValueError(
+            f"kv_cache={parsed.kv_cache!r} is for one decoder stack and {len(stacks)} were found ({names}), "
+            "of which only the talker's reads a quantised cache; compile it itself: "
+            f"talker.model.compile(backend='qtts', options={{'kv_cache': {parsed.kv_cache!r}}})"
+        )
     merged = {**(options or {}), **({"mode": parsed.mode} if parsed.mode != "default" else {})}
     for stack in stacks:
         stack.module.compile(backend="qtts", options=merged or None, dynamic=dynamic)

@@ -115,7 +115,9 @@ def test_a_second_process_starts_warm(tmp_path):
     assert report == warm_report and report["kernels"] == {"rms_norm": 1}
 
 
-@pytest.mark.parametrize("change", [{"disable": ["swiglu"]}, {"layers": (0, 1)}, {"strict": True}, {"max_autotune": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"disable": ["swiglu"]}, {"layers": (0, 1)}, {"strict": True}, {"kv_cache": "int4"}, {"max_autotune": True}], ids=str
+)
 def test_options_are_part_of_the_key(change):
     started(normed, *tensors())
     assert started(normed, *tensors(), **change)[0] == MISS

@@ -228,8 +228,8 @@ def test_frames_over_each_cache_are_shown(machine):
     def of(**medians):
         return {label.replace("_", " "): figure(value, "") for label, value in medians.items()}
 
-    frames = of(frame=2.31, keys_and_values_read=64.4, cache=231.2)
-    named = {"job": "int4", "batch": 1, "slots": 8192, "kv_cache": "int4"}
+    frames = of(frame=2.31, floor=1.8, keys_and_values_read=64.4, cache=231.2)
+    named = {"job": "int4", "size": "1.7b", "batch": 1, "slots": 8192, "kv_cache": "int4"}
     rows = [
         {**named, "row": "memory", "figures": {"allocated, frames": figure(4.04, "GiB")}},
         {**named, "row": "frames at positions 512 to 612", "ms_per_frame": frames["frame"], "figures": frames},
@@ -238,7 +238,7 @@ def test_frames_over_each_cache_are_shown(machine):
     content = {"machine": attention.describe(), "command": "python -m bench.speech", "rows": rows}
     machine("caches").write_text(json.dumps(content))
     lines = tables.TABLES["caches"](tables.Results("caches")).splitlines()
-    assert lines[4:] == ["| `int4` | 1 | 8192 | 512 | 2.31 | 64 | 231 | 4.04 |"]
+    assert lines[4:] == ["| 1.7B | `int4` | 1 | 8192 | 512 | 2.31 | 1.80 | 64 | 231 | 4.04 |"]
 
 
 def wrong_result(kernel, *arguments):

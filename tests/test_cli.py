@@ -103,6 +103,28 @@ def test_speech_from_a_quantised_cache_says_so(checkpoints, tmp_path_factory, ca
     )
 
 
+def test_what_a_quantised_cache_keeps_is_chosen(capsys):
+    assert speak("--kv-cache", "int4", "--protect", "first_layers=1,last_layers=2,window=8") == 0
+    captured = capsys.readouterr()
+    found = re.search(r" 1 layers and (\d+) tokens quantised$", captured.out, re.M)
+    assert found and int(found[1]) > 0 and "quantises nothing" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("protect", "message"),
+    [
+        ("layers=2", "'layers=2' is not NAME=N.* first_layers, last_layers, sinks, window"),
+        ("sinks=4,window=many", "'window=many' is not"),
+        ("window", "'window' is not"),
+        ("", "'' is not"),
+        ("sinks=4,sinks=5", "'sinks=5' is not.*at most once"),
+        ("window=0", "window=0: give 1 or more"),
+    ],
+)
+def test_what_a_quantised_cache_cannot_keep_is_refused(protect, message, capsys):
+    assert re.search(message, refused(capsys, speak("--kv-cache", "int4", "--protect", protect)))
+
+
 def build_deeper(checkpoint: Path, directory: Path, layers: int) -> None:
     """Write the checkpoint with as many talker layers, the new ones being copies of the last."""
     shutil.copytree(checkpoint, directory)
@@ -182,6 +204,7 @@ def test_a_recording_that_does_not_serve_is_refused(options, message, recording,
         (["-o", "speech.xyz"], "-o speech.xyz: .*wav"),
         (["-o", "speech.raw"], "-o speech.raw: .*wav"),
         (["-o", "missing/speech.wav"], "missing does not exist"),
+        (["--protect", "sinks=4"], "protect=.*kv_cache='bf16' quantises nothing: leave it out"),
         (["--max-seq-len", "16"], "max_seq_len=16: give 32 to 32768"),
         (["--max-seq-len", "32", "--instruct", "as slowly as you can"], "the prompt has .* tokens.*max_seq_len"),
     ],

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from qtts_compile.options import MODES, Options
+from qtts_compile.options import KV_CACHES, MODES, Options
 from qtts_compile.patterns.catalogue import OPS
 
 
@@ -31,8 +31,11 @@ def test_inductor_s_options_pass_through_and_win_over_the_mode():
 
 
 def test_own_options_are_read():
-    options = Options.parse(None, {"layers": [0, 24], "disable": ["swiglu", "attention"], "strict": True, "executor": "eager"})
-    assert options == Options(layers=(0, 24), disable=frozenset({"swiglu", "attention"}), strict=True, executor="eager")
+    given = {"layers": [0, 24], "disable": ["swiglu", "attention"], "strict": True, "executor": "eager", "kv_cache": "int4"}
+    assert Options.parse(None, given) == Options(
+        layers=(0, 24), disable=frozenset({"swiglu", "attention"}), strict=True, executor="eager", kv_cache="int4"
+    )
+    assert [Options.parse(None, {"kv_cache": name}).kv_cache for name in (None, *KV_CACHES)] == [None, *KV_CACHES]
     assert Options.parse(None, {"disable": OPS}).disable == frozenset(OPS)
 
 
@@ -62,6 +65,9 @@ REFUSED = [
     ({"strict": "yes"}, "'yes'", "bool"),
     ({"strict": 1}, "1", "bool"),
     ({"executor": "cpp"}, "'cpp'", "inductor, eager"),
+    ({"kv_cache": "int2"}, "kv_cache='int2'", "bf16, int4, int3, k4v3, fp8"),
+    ({"kv_cache": 4}, "kv_cache=4", "bf16, int4"),
+    ({"kv_cache": ["int4"]}, "'int4'", "bf16, int4"),
 ]
 
 
@@ -72,7 +78,7 @@ def test_wrong_options_are_refused_by_name_with_the_valid_ones(options, value, v
 
 
 def test_the_refusal_of_an_unknown_option_lists_all_of_ours():
-    with pytest.raises(ValueError, match="'layer'.*mode, layers, disable, strict, executor.*list_options"):
+    with pytest.raises(ValueError, match="'layer'.*mode, layers, disable, strict, executor, kv_cache.*list_options"):
         Options.parse(None, {"layer": (0, 1)})
 
 

@@ -1,10 +1,13 @@
 """TurboQuantCache in models' own forward() and generate(), eagerly and compiled, and what it refuses."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from models import build_talker, case, generate_codes
 from models.weights import randomise
+from torch._dynamo.exc import BackendCompilerFailed
 
 import qtts_compile
 from qtts_compile import Protect, TurboQuantCache
@@ -78,6 +81,54 @@ def test_compiled_codes_are_the_eager_ones(size, lengths, backend):
     assert report.graph_breaks == [] and report.refusals == []
     # One graph for the prompt and one for all steps; under qtts those of the code predictor as well.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if backend == "eager" else 5)
+
+
+def compiled_for(kv_cache) -> Any:
+    """Return a new talker whose stack is compiled for one kind of cache."""
+    torch.compiler.reset()
+    talker = build_talker("0.6b")
+    talker.model.compile(backend="qtts", options={"executor": "eager", "kv_cache": kv_cache})
+    return talker
+
+
+@pytest.mark.parametrize(("kv_cache", "format"), [("int4", "int4"), ("bf16", None)])
+def test_a_stack_compiled_for_a_cache_runs_over_it(talker, kv_cache, format):
+    expected, codes = (
+        generate_codes(model, 8, past_key_values=cache_for(model, [9], format) if format else None) for model in (talker, compiled_for(kv_cache))
+    )
+    assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "format", "message"),
+    [
+        ("int4", "fp8", r"in 'fp8'; hand the model past_key_values=TurboQuantCache\(model.config, batch, slots, 'int4'\), or leave kv_cache out"),
+        ("int4", None, "in the model's dtype; hand the model past_key_values=TurboQuantCache"),
+        ("bf16", "int4", "in 'int4'; hand the model a cache of its own dtype, or leave kv_cache out"),
+    ],
+)
+def test_a_stack_compiled_for_another_cache_refuses_it(kv_cache, format, message):
+    talker = compiled_for(kv_cache)
+    with pytest.raises(BackendCompilerFailed, match=f"kv_cache='{kv_cache}': this graph holds its keys and values {message}") as caught:
+        generate_codes(talker, 1, past_key_values=cache_for(talker, [9], format) if format else None)
+    assert isinstance(caught.value.inner_exception, ValueError)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_graph_without_a_quantised_cache_is_refused_however_it_attends(attention, static):
+    torch.compiler.reset()
+    model = transformers.Qwen3Model._from_config(case("qwen3").config(), attn_implementation=attention)
+    cache = transformers.StaticCache(model.config, max_cache_len=SLOTS) if static else None
+    model.compile(backend="qtts", options={"executor": "eager", "kv_cache": "int4"})
+    with pytest.raises(BackendCompilerFailed, match="kv_cache='int4': this graph holds its keys and values in the model's dtype"):
+        model(torch.zeros(1, 9, dtype=torch.long), past_key_values=cache, use_cache=static)  # under autograd
+
+
+def test_a_quantised_cache_is_for_one_stack(talker):
+    with pytest.raises(ValueError, match=r"'int4' is for one decoder stack and 2 were found \(model, .*talker.model.compile\(.*'kv_cache': 'int4'"):
+        qtts_compile.compile(talker, options={"kv_cache": "int4"})
+    assert len(qtts_compile.compile(build_talker("0.6b"), options={"kv_cache": "bf16"})) == 2
 
 
 @torch.no_grad()

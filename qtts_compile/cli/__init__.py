@@ -82,6 +82,11 @@ def _add_speaking_options(parser: Command) -> None:
         default="bf16",
         help="format of the talker's keys and values; bf16 is the model's dtype (default: %(default)s)",
     )
+    parser.add_argument(
+        "--protect",
+        metavar="NAME=N,...",
+        help="what a quantised cache holds as it is (default: first_layers=2,last_layers=2,sinks=4,window=64)",
+    )
     parser.add_argument("--no-compile", action="store_true", help="run the model as it is")
     _add_model_options(parser)
     _add_run_options(parser, None)

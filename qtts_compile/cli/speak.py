@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 import time
 import warnings
@@ -21,6 +22,7 @@ from qtts_compile.demo_config import Kind
 
 if TYPE_CHECKING:
     from qtts_compile.tts import Chunks
+    from qtts_compile.turboquant_cache import Protect
 
 COMMANDS: dict[Kind, str] = {"custom_voice": "speak", "base": "clone", "voice_design": "design"}
 
@@ -44,6 +46,7 @@ def _run(arguments: argparse.Namespace, kind: Kind, voice_of: Callable[[Any], di
     check_output(arguments.output)
     if arguments.no_compile and arguments.mode:
         raise UsageError("--mode says how to compile and --no-compile not to: leave one out")
+    protect = _protect(arguments.protect)
     model = load_model(arguments.model, arguments.device, arguments.dtype, kind)
     if model.model.tts_model_type != kind:
         raise UsageError(f"a model of the kind {model.model.tts_model_type!r} speaks by `qtts {COMMANDS[model.model.tts_model_type]}`")
@@ -55,17 +58,17 @@ def _run(arguments: argparse.Namespace, kind: Kind, voice_of: Callable[[Any], di
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"qtts: warning: {message}", file=sys.stderr)
         try:
-            _speak(model, arguments, kind, request)
+            _speak(model, arguments, kind, request, protect)
         except (ValueError, torch.cuda.OutOfMemoryError) as error:
             raise UsageError(" ".join(str(error).split())) from error
     return 0
 
 
-def _speak(model: Any, arguments: argparse.Namespace, kind: Kind, request: dict[str, Any]) -> None:
+def _speak(model: Any, arguments: argparse.Namespace, kind: Kind, request: dict[str, Any], protect: Protect | None) -> None:
     from qtts_compile.tts import TTS  # imports transformers, which `qtts env` is to say something about even where it does not fit
 
     mode = None if arguments.no_compile else arguments.mode or "auto"
-    tts = TTS(model, mode=mode, max_seq_len=arguments.max_seq_len, kv_cache=arguments.kv_cache)
+    tts = TTS(model, mode=mode, max_seq_len=arguments.max_seq_len, kv_cache=arguments.kv_cache, protect=protect)
     if tts.mode:
         started = time.perf_counter()
         tts.warmup()
@@ -94,6 +97,23 @@ def _write_as_they_come(path: Path, chunks: Chunks) -> None:
         for samples, _ in itertools.chain([(first, sample_rate)], chunks):
             file.write(samples)
             file.flush()
+
+
+def _protect(text: str | None) -> Protect | None:
+    """Read ``--protect``: numbers of some of the fields of Protect, by name."""
+    if text is None:
+        return None
+    from qtts_compile.turboquant_cache import Protect  # imports transformers, as above
+
+    given: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in Protect._fields or name in given or not re.fullmatch("-?[0-9]+", number):
+            raise UsageError(
+                f"--protect {text}: {part!r} is not NAME=N, N a whole number and NAME one of {', '.join(Protect._fields)}, each at most once"
+            )
+        given[name] = int(number)
+    return Protect(**given)
 
 
 def _recording(arguments: argparse.Namespace) -> dict[str, Any]:
