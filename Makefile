@@ -18,10 +18,10 @@ demo: .venv/.installed
 	.venv/bin/qtts demo
 
 test: .venv/.installed
-	.venv/bin/python -m pytest --timeout 900 --numprocesses $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	.venv/bin/python -m pytest --timeout 900 --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-hf5: .venv-hf5/.installed
-	.venv-hf5/bin/python -m pytest --timeout 900 --numprocesses $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	.venv-hf5/bin/python -m pytest --timeout 900 --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

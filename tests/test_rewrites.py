@@ -89,12 +89,7 @@ def run(setup: Setup) -> Run:
     return result
 
 
-def each(setups: list[Setup]) -> pytest.MarkDecorator:
-    """Run a test for each setup, in the process that runs the setup's other tests (pytest-xdist's ``--dist loadgroup``)."""
-    return pytest.mark.parametrize("setup", [pytest.param(s, marks=pytest.mark.xdist_group(str(s))) for s in setups], ids=str)
-
-
-each_setup = each(SETUPS)
+each_setup = pytest.mark.parametrize("setup", SETUPS, ids=str)
 
 
 @each_setup
@@ -156,7 +151,7 @@ def cache_sized(graphs: Graphs, run: Run, *names: str) -> list[str]:
     return [op.name for op in graphs.final if op.shape is not None and math.prod(op.shape) == size and any(name in op.name for name in names)]
 
 
-@each([s for s in SETUPS if s.executor == "eager" and s.cache == "static"])
+@pytest.mark.parametrize("setup", [s for s in SETUPS if s.executor == "eager" and s.cache == "static"], ids=str)
 def test_no_copy_of_a_cache_is_left(setup):
     for phase, _, graphs in run(setup).compiled_graphs():
         assert graphs.final
@@ -170,7 +165,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / a.abs().max()).item()
 
 
-@each(FULL_PRECISION)
+@pytest.mark.parametrize("setup", FULL_PRECISION, ids=str)
 def test_fp32_outputs_and_caches_equal_eager(setup):
     result = run(setup)
     for step in result.steps:
@@ -186,7 +181,7 @@ def layers_of(result: Run, side: str) -> list[torch.Tensor]:
     return [torch.cat(states, dim=1) for states in zip(*(getattr(step, side) for step in result.steps), strict=True)]
 
 
-@each(HALF_PRECISION)
+@pytest.mark.parametrize("setup", HALF_PRECISION, ids=str)
 def test_half_precision_hidden_states_follow_eager_at_every_layer(setup):
     eager, compiled = layers_of(run(setup), "eager"), layers_of(run(setup), "compiled")
     assert len(eager) == setup.case.layers + 1
@@ -208,7 +203,7 @@ def exact(setup: Setup) -> torch.Tensor:
     return torch.cat([output.last_hidden_state for output in outputs], dim=1)
 
 
-@each(HALF_PRECISION)
+@pytest.mark.parametrize("setup", HALF_PRECISION, ids=str)
 def test_half_precision_error_is_no_larger_than_eager_s(setup):
     """The root mean square over 3 rows of 18 tokens, against float32."""
     eager, compiled = ((layers_of(run(setup), side)[-1].float() - exact(setup)).square().mean().sqrt() for side in ("eager", "compiled"))
