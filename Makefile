@@ -17,6 +17,7 @@ RESULTS = bench/results
 demo: .venv/.installed
 	.venv/bin/qtts demo
 
+# A file's tests run in one process (loadfile): what they compile or build once is not built again in another.
 test: .venv/.installed
 	.venv/bin/python -m pytest --timeout 900 --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
