@@ -1,4 +1,4 @@
-"""Draw results: ``python -m bench.plots FILE.json ... [-o DIR]``.
+"""Draw results: ``python -m bench.plots FILE.json ... [--jobs JOB ...] [-o DIR]``.
 
 ``frame.png`` shows ms/frame of every row that has a speed, ``breakdown.png`` where a frame's time goes, a bar for each traced row; of several
 files, given in order, the bars stand one below the other: before and after. Without a directory the pictures stand beside the last file.
@@ -32,16 +32,23 @@ class Row(NamedTuple):
     row: dict[str, Any]
 
 
-def rows_of(files: Iterable[Path]) -> list[Row]:
-    """Return the rows of some files of results; with several files a row's label names its own."""
+def rows_of(files: Iterable[Path], jobs: Sequence[str] = ()) -> list[Row]:
+    """Return the rows of some files of results, of all jobs or in the order of ``jobs``; with several files a row's label names its own.
+
+    Raises ValueError for a job that no file has.
+    """
     files = list(files)
     rows = []
     for file in files:
         content = json.loads(file.read_text())
         before = f"{file.stem}: " if len(files) > 1 else ""
-        for row in content["rows"]:
+        there = [row for job in jobs for row in content["rows"] if row.get("job") == job] if jobs else content["rows"]
+        for row in there:
             where = row.get("row", "").removeprefix("frames at ").removeprefix("where a frame's time goes, ")
-            rows.append(Row(f"{before}{row.get('job', '')}, {where}", row))
+            job, mode = row.get("job", ""), row.get("mode", "")
+            rows.append(Row(f"{before}{job if mode in job else f'{job} ({mode})'}, {where}", row))
+    if missing := set(jobs) - {row.get("job") for _, row in rows}:
+        raise ValueError(f"no rows of {', '.join(sorted(missing))} in {', '.join(map(str, files))}")
     return rows
 
 
@@ -94,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run from the command line; return 1 if there was nothing to draw."""
     parser = argparse.ArgumentParser(prog="python -m bench.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results, as --json writes them")
+    parser.add_argument("--jobs", nargs="+", default=[], metavar="JOB", help="draw these, in this order; all if not given")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where the pictures go")
     arguments = parser.parse_args(argv)
     for file in arguments.files:
@@ -105,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("matplotlib is not installed: pip install 'qtts-compile[bench]'")
     directory = arguments.output or arguments.files[-1].parent
     directory.mkdir(parents=True, exist_ok=True)
-    rows = rows_of(arguments.files)
+    try:
+        rows = rows_of(arguments.files, arguments.jobs)
+    except ValueError as error:
+        parser.error(str(error))
     machine = json.loads(arguments.files[-1].read_text())["machine"]
     title = f"{machine['gpu']}, torch {machine['torch']}, triton {machine.get('triton', '-')}, {machine['date']}"
     drawn = [path for name, draw in DRAWINGS.items() if draw(rows, title, path := directory / name)]

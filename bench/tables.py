@@ -88,7 +88,8 @@ def speech(results: Results) -> str:
     def cells(label: str, job: str, row: str = EARLY, memory: str = "memory", bold: bool = False) -> list[str]:
         numbers = [f"{results.figure(job, row, name):.{digits}f}" for name, digits in (("frame", 1 if job == "eager" else 2), ("audio", 2))]
         allocated = results.figure(job, memory, "allocated, frames")
-        return [label, *(f"**{number}**" if bold else number for number in numbers), f"{allocated:.2f}"]
+        floor = results.figure(job, row, "floor")
+        return [label, *(f"**{number}**" if bold else number for number in numbers), f"{floor:.2f}", f"{allocated:.2f}"]
 
     rows = [
         cells(f"`base`: {results.package('qwen-tts')}, eager", "eager"),
@@ -104,7 +105,7 @@ def speech(results: Results) -> str:
     first = results.figure("qtts", "first audio after a prompt of 60 tokens", "call to first chunk")
     return f"""{results.source}
 
-{markdown(["", "ms/frame", "audio seconds per second", "GiB allocated"], rows)}
+{markdown(["", "ms/frame", "audio seconds per second", "floor, ms", "GiB allocated"], rows)}
 
 The eager row is bound by the host and varied from {frame["min"]:.1f} to {frame["max"]:.1f}. With the audio of 1984 frames decoded, eager reaches
 {audio["eager"]:.2f} GiB and `TTS` {audio["qtts"]:.2f}. From the call to the first 80 ms of audio, after a prompt of 60 tokens: {first:.1f} ms.

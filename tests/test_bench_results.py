@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from bench import readme, tables
 from bench.breakdown import PARTS, Kernel, attribute, classify, parts
 from bench.plots import main as plot
+from bench.plots import rows_of
 from bench.registry import MODES
 from bench.timing import figure, kernel_table
 from qtts_compile.kernels.decode_attention import _decode_attention_kernel
@@ -210,6 +212,17 @@ def test_pictures_are_drawn_from_results(results, tmp_path, capsys):
     assert pictures == dict.fromkeys(("frame.png", "breakdown.png"), b"\x89PNG\r\n\x1a\n")
     assert plot([after]) == 0 and (tmp_path / "frame.png").is_file() and not (tmp_path / "breakdown.png").exists()
     assert "Wrote" in capsys.readouterr().out
+
+
+def test_a_picture_shows_the_jobs_that_are_asked_for(results, capsys):
+    speed = {"row": "frames at positions 64 to 164", "ms_per_frame": figure([3.0], "ms")}
+    file = Path(results("after", {"job": "eager", "mode": "base", **speed}, {"job": "qtts", "mode": "hybrid", **speed}))
+    assert [label for label, _ in rows_of([file])] == ["eager (base), positions 64 to 164", "qtts (hybrid), positions 64 to 164"]
+    assert [label for label, _ in rows_of([file], ["qtts"])] == ["qtts (hybrid), positions 64 to 164"]
+    assert [row["job"] for _, row in rows_of([file], ["qtts", "eager"])] == ["qtts", "eager"]
+    with pytest.raises(SystemExit, match="2"):
+        plot([str(file), "--jobs", "qtts", "quick"])
+    assert "no rows of quick in " in capsys.readouterr().err
 
 
 def test_nothing_to_draw_is_said(results, capsys):
