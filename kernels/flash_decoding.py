@@ -39,25 +39,40 @@ def is_row(place, m, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_biases(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
-    """Return what the mask adds to the scores of ``keys``, in float32: -inf for an excluded key and out of bounds.
+def load_mask(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """Request what the mask says of ``keys``: a tensor for each of a program's rows that differ, ``MASK_ROWS`` in turns; without a mask none."""
+    said = ()
+    if Mask_ptr is not None:
+        for m in tl.static_range(MASK_ROWS):
+            pointers = Mask_ptr + row_offset(place, m, mask_strides, GROUP) + keys * mask_strides[3]
+            readable = in_bounds & is_row(place, m, GROUP)
+            if Mask_ptr.dtype.element_ty == tl.int1:  # as bytes: to convert them would be to wait for them
+                said = said + (tl.load(pointers.to(tl.pointer_type(tl.int8)), mask=readable, other=0),)
+            else:
+                said = said + (tl.load(pointers, mask=readable, other=float("-inf")),)
+    return said
 
-    A program's rows have ``MASK_ROWS`` different biases, in turns.
-    """
+
+@triton.jit
+def as_biases(said, in_bounds, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
+    """Return what is added to scores, in float32, after what :func:`load_mask` returned: -inf for an excluded key and out of bounds."""
     biases = ()
     for m in tl.static_range(MASK_ROWS):
-        if Mask_ptr is None:
+        if len(said) == 0:
             bias = tl.where(in_bounds, 0.0, float("-inf"))
+        elif said[m].dtype == tl.int8:
+            bias = tl.where(in_bounds & (said[m] != 0), 0.0, float("-inf"))
         else:
-            mask_ptrs = Mask_ptr + row_offset(place, m, mask_strides, GROUP) + keys * mask_strides[3]
-            readable = in_bounds & is_row(place, m, GROUP)
-            if Mask_ptr.dtype.element_ty == tl.int1:
-                bias = tl.where(tl.load(mask_ptrs, mask=readable, other=0).to(tl.int1), 0.0, float("-inf"))
-            else:
-                bias = tl.load(mask_ptrs, mask=readable, other=float("-inf")).to(tl.float32)
-                bias = tl.where(bias <= FLOOR, float("-inf"), bias)
+            bias = said[m].to(tl.float32)
+            bias = tl.where(in_bounds, tl.where(bias <= FLOOR, float("-inf"), bias), float("-inf"))
         biases = biases + (bias,)
     return biases
+
+
+@triton.jit
+def load_biases(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
+    """Return :func:`as_biases` of what the mask says of ``keys``."""
+    return as_biases(load_mask(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP, MASK_ROWS), in_bounds, MASK_ROWS, FLOOR)
 
 
 @triton.jit
@@ -67,6 +82,12 @@ def is_attended(biases):
     for m in tl.static_range(1, len(biases)):
         attended = attended | (biases[m] != float("-inf"))
     return attended
+
+
+@triton.jit
+def only_attended(v, biases):
+    """Return values ``[N, BLOCK_D]`` in float32, zero where no row attends to them: they may hold anything."""
+    return tl.where(is_attended(biases)[:, None], v.to(tl.float32), 0.0)
 
 
 @triton.jit
@@ -132,17 +153,28 @@ def is_old_key(keys, S, skipped):
 
 
 @triton.jit
+def keys_ahead(look, n_splits, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr):
+    """Return the keys ``[LOOK_AHEAD, BLOCK_N]`` of the next tiles of this one of ``n_splits``."""
+    tiles = tl.program_id(1) + (look * LOOK_AHEAD + tl.arange(0, LOOK_AHEAD)) * n_splits
+    return tiles.to(tl.int64)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+
+
+@triton.jit
+def live_tiles(attended):
+    """Return a bit for each tile of ``attended`` ``[LOOK_AHEAD, N]``: whether a row attends to one of its keys."""
+    return tl.sum(tl.max(attended.to(tl.int32), axis=1) << tl.arange(0, attended.shape[0]), axis=0)
+
+
+@triton.jit
 def look_ahead(
     look, n_splits, Mask_ptr, mask_strides, place, S, skipped,
     GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
-    """Return a bit for each of the next ``LOOK_AHEAD`` tiles of this one of ``n_splits``: whether a row attends to one of its keys."""
-    # One look at the mask of several tiles costs one memory latency instead of one per excluded tile.
-    ahead = tl.arange(0, LOOK_AHEAD)
-    tiles = tl.program_id(1) + (look * LOOK_AHEAD + ahead) * n_splits
-    keys = tiles.to(tl.int64)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, MASK_ROWS, FLOOR)
-    return tl.sum(tl.max(is_attended(biases).to(tl.int32), axis=1) << ahead, axis=0)
+    """Return the :func:`live_tiles` of the next ``LOOK_AHEAD`` of this one of ``n_splits``."""
+    # One look at the mask of several tiles costs one memory latency instead of one per excluded tile. It does not wait for what is skipped.
+    keys = keys_ahead(look, n_splits, BLOCK_N, LOOK_AHEAD)
+    biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
+    return live_tiles(is_attended(biases) & is_old_key(keys, S, skipped))
 
 
 @triton.jit
@@ -176,19 +208,24 @@ def attend_cache(
 
 
 @triton.jit
-def store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store the rows ``[B, T, Hq, D]``, or with ``Max_ptr`` what this split contributes to them."""
+def store_rows(
+    states, Out_ptr, Max_ptr, Sum_ptr, place, split, H_k, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Store the rows ``[B, T, Hq, D]`` from ``place`` on, or with ``Max_ptr`` what a ``split`` contributes to them.
+
+    The programs' blocks are of ``BLOCK_M`` rows, of which this one may have fewer.
+    """
     T = place[3]
     columns = tl.arange(0, BLOCK_D)
     n_rows = tl.num_programs(0) // tl.cdiv(GROUP * T, BLOCK_M) * GROUP * T
-    for m in tl.static_range(BLOCK_M):
+    for m in tl.static_range(len(states)):
         row_max, row_sum, out = states[m]
         in_rows = is_row(place, m, GROUP)
         out_row = row_offset(place, m, (T * H_k * GROUP, 1, H_k * GROUP), GROUP)
         if Max_ptr is None:
             out = out / tl.where(row_sum == 0, 1.0, row_sum)
         else:
-            out_row += tl.program_id(1).to(tl.int64) * n_rows
+            out_row += split.to(tl.int64) * n_rows
             tl.store(Max_ptr + out_row, row_max, mask=in_rows)
             tl.store(Sum_ptr + out_row, row_sum, mask=in_rows)
             in_rows = in_rows & (row_sum > 0)

@@ -23,11 +23,17 @@ def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def choose_splits(n_tiles: int, n_programs: int, device: torch.device) -> int:
+def have_room(programs: int, device: torch.device, per_sm: int = PROGRAMS_PER_SM) -> bool:
+    """Tell whether so many programs have room on a GPU at once."""
+    return programs <= per_sm * _sm_count(device)
+
+
+def choose_splits(n_tiles: int, n_programs: int, device: torch.device, most: int = MAX_SPLITS) -> int:
     """Choose how many programs share the tiles of one key head: enough to fill the GPU, one if a second launch would not pay."""
     if n_tiles <= MAX_TILES_OF_ONE_SPLIT:
         return 1
-    return max(1, min(n_tiles, MAX_SPLITS, PROGRAMS_PER_SM * _sm_count(device) // n_programs))
+    splits = max(1, min(n_tiles, most, PROGRAMS_PER_SM * _sm_count(device) // n_programs))
+    return triton.cdiv(n_tiles, triton.cdiv(n_tiles, splits))  # fewer that take no more tiles each
 
 
 class Plan(NamedTuple):
@@ -39,9 +45,11 @@ class Plan(NamedTuple):
 
 def plan_launch(
     q: torch.Tensor, cache: torch.Tensor, mask: torch.Tensor | None,
-    n_splits: int | None, block_n: int | None, num_warps: int | None, block_m: int | None,
+    n_splits: int | None, block_n: int | None, num_warps: int | None, block_m: int | None, other_splits: int = 0,
 ) -> Plan:  # fmt: skip
     """Plan a launch for queries ``[B, Hq, T, D]``, a cache ``[B, Hk, S, D]`` and a mask from :func:`expand_mask`.
+
+    ``other_splits`` is how many there will be beside those that are planned.
 
     ``n_splits`` (programs that share the keys of one head), ``block_n`` (keys in a tile), ``num_warps`` and ``block_m`` (rows of queries that a
     program serves) override what is chosen: small tiles for programs of one warp, which serve all rows of a key head, up to 4, but only one query
@@ -57,7 +65,7 @@ def plan_launch(
     block_n = block_n or max(16, min(32, 2048 // block_d, triton.next_power_of_2(keys)))
     n_tiles = triton.cdiv(keys, block_n)
     n_programs = batch * k_heads * triton.cdiv(rows, block_m)
-    n_splits = n_splits or choose_splits(n_tiles, n_programs, q.device)
+    n_splits = n_splits or choose_splits(n_tiles, n_programs, q.device, MAX_SPLITS - other_splits)
     tiles_per_split = triton.cdiv(n_tiles, n_splits)
     look_ahead = min(MAX_LOOK_AHEAD, triton.next_power_of_2(tiles_per_split))
     options = dict(
@@ -73,8 +81,7 @@ def plan_launch(
 def _choose_rows(tokens: int, rows: int, heads: int, device: torch.device) -> int:
     """Choose how many of the ``rows`` of queries of each of ``heads`` key heads a program serves."""
     whole, own = min(4, triton.next_power_of_2(rows)), triton.next_power_of_2(tokens)
-    fits = heads * triton.cdiv(rows, own) * MAX_SPLITS <= PROGRAMS_PER_SM * _sm_count(device)
-    return own if fits and own < whole else whole
+    return own if own < whole and have_room(heads * triton.cdiv(rows, own) * MAX_SPLITS, device) else whole
 
 
 def expand_mask(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> torch.Tensor | None:

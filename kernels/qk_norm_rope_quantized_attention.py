@@ -19,12 +19,11 @@ from qtts_compile.kernels.flash_decoding import (
     is_row,
     load_biases,
     locate_rows,
-    look_ahead,
     no_keys_yet,
     row_offset,
     store_rows,
 )
-from qtts_compile.kernels.flash_decoding_launch import MAX_SPLITS, Partials, expand_mask, mask_strides, plan_launch
+from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, have_room, mask_strides, plan_launch
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_rotate import load_angles, load_head, load_weight, norm_rotate
@@ -33,14 +32,25 @@ from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_atten
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, rotary_reference
 from qtts_compile.kernels.rows import with_unit_stride
-from qtts_compile.kernels.turboquant.attend import COLUMNS, KEPT_TILE, attend_codes, attend_kept, load_codes, load_kept, rotated, store_columns
+from qtts_compile.kernels.turboquant.attend import (
+    COLUMNS,
+    KEPT_TILE,
+    attend_codes,
+    attend_kept,
+    load_codes,
+    load_kept,
+    look_for_codes,
+    rotated,
+    store_columns,
+)
 from qtts_compile.kernels.turboquant.combine import combine
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers
 from qtts_compile.kernels.turboquant.read import quantized_kv_read_reference
 from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference, write_vector
 
-MAX_PARTS = 8  # programs for the kept tokens of a head
+MAX_PARTS = 8  # programs for the kept tokens of a query head
+RESIDENT_PROGRAMS = 8  # of a multiprocessor, with the registers that each takes
 
 
 def qk_norm_rope_quantized_attention(
@@ -117,12 +127,9 @@ def check_qk_norm_rope_quantized_attention(
 
 
 @triton.jit
-def _queries(q_heads, q_weight, q_eps, angles, scale, D: tl.constexpr):
-    """Return the rows of queries, scaled by log2(e)."""
-    q_rows = ()
-    for m in tl.static_range(len(q_heads)):
-        q_rows = q_rows + (norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E),)
-    return q_rows
+def _query(q_head, q_weight, q_eps, angles, scale, D: tl.constexpr):
+    """Return a row of queries, scaled by log2(e)."""
+    return norm_rotate(q_head, q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E)
 
 
 @triton.jit
@@ -134,7 +141,7 @@ def _qk_norm_rope_quantized_attention_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASK_ROWS: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr, IS_ONE_TILE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    N_PARTS: tl.constexpr, HAS_PDL: tl.constexpr,
+    N_PARTS: tl.constexpr, KEPT_M: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     place = locate_rows(T, H_k, GROUP, BLOCK_M)
@@ -151,69 +158,82 @@ def _qk_norm_rope_quantized_attention_kernel(
     V_kept_ptr = K_kept_ptr + kept_strides[0]
     wait_for_inputs(HAS_PDL)
 
-    # Codes, kept tokens and the write each have programs of their own: in one, its single warp would go through three times the code.
-    n_splits = tl.num_programs(1) - N_PARTS - 2
-    part = tl.program_id(1) - n_splits
+    # Codes, kept tokens, the new token and the writes each have programs of their own: in one, its single warp would go through all that code.
+    BLOCKS: tl.constexpr = BLOCK_M // KEPT_M
+    n_splits = tl.num_programs(1) - (N_PARTS + 1) * BLOCKS - 2
+    split = tl.program_id(1)
     row, in_cache = cache_row(Position_ptr, 0, 0, S)
     start = tl.load(Start_ptr + batch * stride_start)
     offset = batch * angle_strides[1]
     angles = load_angles(Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
     # What is known to be needed is requested before anything is computed, to wait for memory once.
-    if part < N_PARTS:
+    if split < n_splits:
         q_heads = ()
         for m in tl.static_range(BLOCK_M):
             q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), is_row(place, m, GROUP), columns, partners),)
-        if part < 0:
-            live_bits = look_ahead(0, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
-            if N_LOOKS > 1 or live_bits != 0:
-                codes = load_codes(
-                    tl.program_id(1), K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_codes_strides[2], v_codes_strides[2],
-                    scales_strides[3], Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, FLOOR,
-                    K_BITS, V_BITS, SINKS, WINDOW,
-                )  # fmt: skip
-                q_codes = ()
-                q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D)
-                for m in tl.static_range(BLOCK_M):
-                    q_codes = q_codes + (rotated(q_rows[m], K_BITS),)
-                states = attend_codes(
-                    q_codes, codes, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
-                    k_codes_strides[2], v_codes_strides[2], scales_strides[3],
-                    Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR,
-                    K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty,
-                )  # fmt: skip
-                store_columns(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, V_BITS)
-            else:
-                store_rows(no_keys_yet(BLOCK_M, D), Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
+        is_early = split * BLOCK_N < row  # before the new token, where tiles are seldom excluded
+        codes = load_codes(
+            split, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_codes_strides[2], v_codes_strides[2],
+            scales_strides[3], Mask_ptr, mask_strides, place, tl.where(is_early, S, 0), GROUP, D, MASK_ROWS, BLOCK_N, K_BITS, V_BITS,
+        )  # fmt: skip
+        live_bits = look_for_codes(
+            0, n_splits, Mask_ptr, mask_strides, place, S, row, start, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR, SINKS, WINDOW
+        )
+        if N_LOOKS > 1 or live_bits != 0:
+            q_rows = ()
+            for m in tl.static_range(BLOCK_M):
+                q_rows = q_rows + (rotated(_query(q_heads[m], q_weight, q_eps, angles, scale, D), K_BITS),)
+            states = attend_codes(
+                q_rows, codes, is_early, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
+                k_codes_strides[2], v_codes_strides[2], scales_strides[3],
+                Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, N_LOOKS, LOOK_AHEAD, FLOOR,
+                K_BITS, V_BITS, SINKS, WINDOW, Q_ptr.dtype.element_ty,
+            )  # fmt: skip
+            store_columns(states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, V_BITS)
         else:
+            store_rows(no_keys_yet(BLOCK_M, D), Out_ptr, Max_ptr, Sum_ptr, place, split, H_k, GROUP, D, BLOCK_M, D)
+    elif split < tl.num_programs(1) - 2:
+        part = (split - n_splits) // BLOCKS
+        own_place = batch, k_head, first_row + (split - n_splits) % BLOCKS * KEPT_M, T
+        OWN_MASK_ROWS: tl.constexpr = min(MASK_ROWS, KEPT_M)
+        q_heads = ()
+        for m in tl.static_range(KEPT_M):
+            q_heads = q_heads + (load_head(Q_ptr + row_offset(own_place, m, q_strides, GROUP), is_row(own_place, m, GROUP), columns, partners),)
+        if part < N_PARTS:
             kept = load_kept(
-                part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
-                GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW,
+                part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, own_place, row, start,
+                GROUP, D, OWN_MASK_ROWS, SINKS, WINDOW,
             )  # fmt: skip
-            q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D)
+            q_rows = ()
+            for m in tl.static_range(KEPT_M):
+                q_rows = q_rows + (_query(q_heads[m], q_weight, q_eps, angles, scale, D),)
             row_states = attend_kept(
-                q_rows, kept, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, place, row, start,
-                GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
-            )  # fmt: skip
-            if part == N_PARTS - 1:  # which has the fewest kept tokens
-                key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-                value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
-                biases = load_biases(Mask_ptr, mask_strides, place, row, in_cache, GROUP, MASK_ROWS, FLOOR)
-                k = norm_rotate(key, k_weight, k_eps, angles, D)
-                row_states = attend_key(row_states, q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
-            store_rows(row_states, Out_ptr, Max_ptr, Sum_ptr, place, H_k, GROUP, D, BLOCK_M, D)
-    elif first_row == 0:
-        if part == N_PARTS:
-            key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-            write_vector(
-                norm_rotate(key, k_weight, k_eps, angles, D), K_codes_ptr + row * k_codes_strides[2], K_scales_ptr + row * scales_strides[3],
-                K_kept_ptr, kept_strides[3], in_cache, row, row, start, K_BITS, True, SINKS, WINDOW,
+                q_rows, kept, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, own_place, row, start,
+                GROUP, D, OWN_MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
             )  # fmt: skip
         else:
+            key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
             value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
-            write_vector(
-                value, V_codes_ptr + row * v_codes_strides[2], V_scales_ptr + row * scales_strides[3],
-                V_kept_ptr, kept_strides[3], in_cache, row, row, start, V_BITS, False, SINKS, WINDOW,
-            )  # fmt: skip
+            biases = load_biases(Mask_ptr, mask_strides, own_place, row, in_cache, GROUP, OWN_MASK_ROWS, FLOOR)
+            q_rows = ()
+            for m in tl.static_range(KEPT_M):
+                q_rows = q_rows + (_query(q_heads[m], q_weight, q_eps, angles, scale, D),)
+            k = norm_rotate(key, k_weight, k_eps, angles, D)
+            row_states = attend_key(no_keys_yet(KEPT_M, D), q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
+        store_rows(row_states, Out_ptr, Max_ptr, Sum_ptr, own_place, n_splits + part, H_k, GROUP, D, BLOCK_M, D)
+    elif first_row == 0:
+        is_key = split == tl.num_programs(1) - 2
+        if is_key:
+            x = norm_rotate(load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners), k_weight, k_eps, angles, D)
+        else:
+            x = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
+        Code_ptr = tl.where(is_key, K_codes_ptr + row * k_codes_strides[2], V_codes_ptr + row * v_codes_strides[2])
+        Scale_ptr = tl.where(is_key, K_scales_ptr, V_scales_ptr) + row * scales_strides[3]
+        Kept_ptr = tl.where(is_key, K_kept_ptr, V_kept_ptr)
+        if K_BITS == V_BITS or is_key:
+            write_vector(x, is_key, Code_ptr, Scale_ptr, Kept_ptr, kept_strides[3], in_cache, row, row, start, K_BITS, SINKS, WINDOW)
+        else:
+            write_vector(x, is_key, Code_ptr, Scale_ptr, Kept_ptr, kept_strides[3], in_cache, row, row, start, V_BITS, SINKS, WINDOW)
     assert_in_cache(in_cache)
 
 
@@ -240,20 +260,27 @@ def qk_norm_rope_quantized_attention_triton(
     block_n, num_warps = block_n or 32, num_warps or 1
     if block_m > COLUMNS.value or block_n < 16:
         raise ValueError(f"block_m must be at most {COLUMNS.value} and block_n at least 16, got {block_m} and {block_n}")
-    n_parts = min(MAX_PARTS, triton.cdiv(kept.shape[3], KEPT_TILE.value))
-    grid, options = plan_launch(q, k_codes, mask, n_splits, block_n, num_warps, block_m)
-    if n_splits is None and grid[1] + n_parts > MAX_SPLITS:
-        grid, options = plan_launch(q, k_codes, mask, MAX_SPLITS - n_parts, block_n, num_warps, block_m)
-    partials = Partials.empty(out, grid[1] + n_parts)
-    _qk_norm_rope_quantized_attention_kernel[grid[0], grid[1] + n_parts + 2](
+    kept_tiles = triton.cdiv(kept.shape[3], KEPT_TILE.value)
+    grid, options = plan_launch(q, k_codes, mask, n_splits, block_n, num_warps, block_m, other_splits=min(MAX_PARTS, kept_tiles) + 1)
+    n_parts, kept_m = _choose_parts(kept_tiles, grid, block_m, q.device)
+    partials = Partials.empty(out, grid[1] + n_parts + 1)
+    _qk_norm_rope_quantized_attention_kernel[grid[0], grid[1] + (n_parts + 1) * (block_m // kept_m) + 2](
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start,
         mask, *partials, k.shape[1], k_codes.shape[2], q_eps, k_eps, scale, start.stride(0),
         q.stride(), k.stride(), v.stride(), k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), mask_strides(mask),
         (angles.stride_axis, angles.stride_batch, angles.stride_token), **angles.constants, **options,
         K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks,
-        N_PARTS=n_parts, debug=True, sanitize_overflow=False,
+        N_PARTS=n_parts, KEPT_M=kept_m, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     return combine(partials, out, grid[1], parsed.v_bits)
+
+
+def _choose_parts(kept_tiles: int, grid: tuple[int, int], block_m: int, device: torch.device) -> tuple[int, int]:
+    """Choose how many programs share the kept tokens and how many rows each serves: one tile and one row if all programs have room at once."""
+    n_parts = min(MAX_PARTS, kept_tiles)
+    if have_room(grid[0] * (grid[1] + (n_parts + 1) * block_m + 2), device, RESIDENT_PROGRAMS):
+        return n_parts, 1
+    return min(MAX_PARTS, triton.cdiv(kept_tiles, 2)), block_m
 
 
 define_op(

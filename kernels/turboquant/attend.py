@@ -13,7 +13,21 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from qtts_compile.kernels.flash_decoding import LOG2_E, attend, is_attended, is_old_key, load_biases, load_tile, look_ahead, no_keys_yet, row_offset
+from qtts_compile.kernels.flash_decoding import (
+    LOG2_E,
+    as_biases,
+    attend,
+    is_attended,
+    is_old_key,
+    keys_ahead,
+    live_tiles,
+    load_biases,
+    load_mask,
+    load_tile,
+    no_keys_yet,
+    only_attended,
+    row_offset,
+)
 from qtts_compile.kernels.turboquant.decode import decode_words, load_words, words_of
 from qtts_compile.kernels.turboquant.kept import find_kept
 from qtts_compile.kernels.turboquant.rotation import rotate_row
@@ -25,15 +39,10 @@ IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 @triton.jit
 def load_codes(
-    tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
-    Mask_ptr, mask_strides, place, S, row, start,
-    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, FLOOR: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride, Mask_ptr, mask_strides, place, S,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of ``BLOCK_N`` keys: the words of keys and of values, their scales and biases.
-
-    Codes do not wait for the mask: whatever they hold is finite, and without a scale it counts for nothing.
-    """
+    """Request a tile of ``BLOCK_N`` keys: the words of keys and of values, their scales, and what the mask says. None of it waits for the other."""
     first = tile.to(tl.int64) * BLOCK_N
     keys = first + tl.arange(0, BLOCK_N)
     K_WIDTH: tl.constexpr = words_of(D, K_BITS)
@@ -46,26 +55,41 @@ def load_codes(
     v_keys = first + turn // 4 * 16 + tl.arange(0, 4)[:, None, None, None] * 4 + turn % 4
     v_columns = tl.arange(0, V_WIDTH // RUN)[None, :, None, None] * RUN + tl.arange(0, RUN)[None, None, None, :]
     v_words = load_words(V_codes_ptr + v_keys * v_stride, v_columns, v_keys < S, D, V_BITS, (1, 1, 1, RUN))
+    k_scale = tl.load(K_scales_ptr + keys * scale_stride, mask=keys < S, other=0.0)
+    v_scale = tl.load(V_scales_ptr + keys * scale_stride, mask=keys < S, other=0.0)
+    return k_words, v_words, k_scale, v_scale, load_mask(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS)
+
+
+@triton.jit
+def _is_code(keys, S, row, start, SINKS: tl.constexpr, WINDOW: tl.constexpr):
+    """Tell which keys are only there as codes, when the new one is at ``row``."""
     is_sink, is_recent = find_kept(keys, row, start, SINKS, WINDOW)
-    is_code = is_old_key(keys, S, (row,)) & ~is_sink & ~is_recent
-    biases = load_biases(Mask_ptr, mask_strides, place, keys, is_code, GROUP, MASK_ROWS, FLOOR)
-    readable = is_attended(biases)
-    k_scale = tl.load(K_scales_ptr + keys * scale_stride, mask=readable, other=0.0).to(tl.float32)
-    v_scale = tl.load(V_scales_ptr + keys * scale_stride, mask=readable, other=0.0).to(tl.float32)
-    return k_words, v_words, k_scale, v_scale, biases
+    return is_old_key(keys, S, (row,)) & ~is_sink & ~is_recent
+
+
+@triton.jit
+def look_for_codes(
+    look, n_splits, Mask_ptr, mask_strides, place, S, row, start,
+    GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Return the :func:`live_tiles` of the next ``LOOK_AHEAD`` of this one of ``n_splits``, of keys that are only there as codes."""
+    keys = keys_ahead(look, n_splits, BLOCK_N, LOOK_AHEAD)
+    biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
+    return live_tiles(is_attended(biases) & _is_code(keys, S, row, start, SINKS, WINDOW))
 
 
 @triton.jit
 def attend_codes(
-    q_rows, loaded, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
+    q_rows, loaded, is_loaded, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
     Mask_ptr, mask_strides, place, S, row, start,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr,
     FLOOR: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Return the states of rotated queries ``[D]`` after what is only there as codes, in this one's tiles of ``n_splits`` programs of one head.
 
-    ``loaded`` is the first of them and ``live_bits`` the first look ahead. Queries and weights are rounded to ``DTYPE``. The states are maxima
-    ``[COLUMNS]``, sums ``[COLUMNS]`` and outputs ``[D, COLUMNS]`` of which row i is coordinate :func:`value_coordinate` (i).
+    ``loaded`` is the first of them, if it ``is_loaded``, and ``live_bits`` the first look ahead. Queries and weights are rounded to ``DTYPE``. The
+    states are maxima ``[COLUMNS]``, sums ``[COLUMNS]`` and outputs ``[D, COLUMNS]`` of which row i is coordinate :func:`value_coordinate` (i).
     """
     # Not as columns from the start: Triton would compute the rotation in their layout, which each value takes eight times.
     q = tl.zeros([COLUMNS, D], tl.float32)
@@ -73,33 +97,57 @@ def attend_codes(
         q = tl.where((tl.arange(0, COLUMNS) == m)[:, None], in_key_order(q_rows[m], 1, D), q)
     q = tl.trans(_rounded(q, DTYPE))
     states = tl.full([COLUMNS], float("-inf"), tl.float32), tl.zeros([COLUMNS], tl.float32), tl.zeros([D, COLUMNS], tl.float32)
-    tile = tl.program_id(1)
+    first = tl.where(is_loaded, 0, -1)  # from -1 on the first tile is the next one
     for look in range(N_LOOKS):
         next_bits = 0
         if N_LOOKS > 1:
-            next_bits = look_ahead(look + 1, n_splits, Mask_ptr, mask_strides, place, S, (row,), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
-        for i in range(LOOK_AHEAD):
-            tile += n_splits
-            is_next_live = ((live_bits >> (i + 1)) & 1) != 0
-            if N_LOOKS > 1:
-                is_next_live = tl.where(i + 1 < LOOK_AHEAD, is_next_live, (next_bits & 1) != 0)
+            next_bits = look_for_codes(
+                look + 1, n_splits, Mask_ptr, mask_strides, place, S, row, start, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR, SINKS, WINDOW
+            )
+        for i in range(first, _last_live(live_bits, next_bits, LOOK_AHEAD)):
+            tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * n_splits
             following = loaded  # the next tile is requested before a tile is computed
-            if is_next_live:
+            if _is_live(i + 1, live_bits, next_bits, LOOK_AHEAD):
                 following = load_codes(
-                    tile, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
-                    Mask_ptr, mask_strides, place, S, row, start, GROUP, D, MASK_ROWS, BLOCK_N, FLOOR, K_BITS, V_BITS, SINKS, WINDOW,
+                    tile + n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
+                    Mask_ptr, mask_strides, place, S, GROUP, D, MASK_ROWS, BLOCK_N, K_BITS, V_BITS,
                 )  # fmt: skip
-            if (live_bits >> i) & 1:
-                states = attend_tile(states, q, loaded, K_BITS, V_BITS, DTYPE)
+            if _is_live(i, live_bits, next_bits, LOOK_AHEAD):
+                keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+                biases = as_biases(loaded[4], _is_code(keys, S, row, start, SINKS, WINDOW), MASK_ROWS, FLOOR)
+                states = attend_tile(states, q, loaded, biases, K_BITS, V_BITS, DTYPE)
             loaded = following
         live_bits = next_bits
+        first = 0
     return states
 
 
 @triton.jit
-def attend_tile(states, q, loaded, K_BITS: tl.constexpr, V_BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Add a tile of :func:`load_codes` to the states of queries ``[D, COLUMNS]``, which are scaled by log2(e)."""
-    k_words, v_words, k_scale, v_scale, biases = loaded
+def _is_live(i, live_bits, next_bits, LOOK_AHEAD: tl.constexpr):
+    """Tell whether tile ``i`` of a look ahead is live: from -1, which is none, to the first of the next look."""
+    bits = tl.where(i < LOOK_AHEAD, live_bits >> tl.maximum(i, 0), next_bits)
+    return (i >= 0) & ((bits & 1) != 0)
+
+
+@triton.jit
+def _last_live(live_bits, next_bits, LOOK_AHEAD: tl.constexpr):
+    """Return the number of tiles of a look ahead up to the last live one: all of them if the first of the next look is live."""
+    n = 0
+    for i in tl.static_range(LOOK_AHEAD):
+        n += (live_bits >> i != 0).to(tl.int32)
+    return tl.where(next_bits & 1 != 0, LOOK_AHEAD, n)
+
+
+@triton.jit
+def attend_tile(states, q, loaded, biases, K_BITS: tl.constexpr, V_BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Add a tile of :func:`load_codes` to the states of queries ``[D, COLUMNS]``, which are scaled by log2(e).
+
+    Whatever codes hold is finite, and without a scale it counts for nothing.
+    """
+    k_words, v_words, k_scale, v_scale, _ = loaded
+    readable = is_attended(biases)
+    k_scale = tl.where(readable, k_scale.to(tl.float32), 0.0)
+    v_scale = tl.where(readable, v_scale.to(tl.float32), 0.0)
     row_max, row_sum, out = states
     N: tl.constexpr = k_scale.shape[0]
     D: tl.constexpr = q.shape[0]
@@ -190,17 +238,20 @@ def _dot(a, b, c=None):
 @triton.jit
 def load_kept(
     tile, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start,
-    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Load a tile of the sinks and recent tokens, the new one excepted: keys, values ``[KEPT_TILE, D]`` and their biases."""
+    """Request a tile of the sinks and recent tokens: keys, values ``[KEPT_TILE, D]``, which of them are there, and what the mask says.
+
+    The new token is not there.
+    """
     rows = (tl.arange(0, KEPT_TILE) + tile * KEPT_TILE).to(tl.int64)
+    in_kept = rows < SINKS + WINDOW
+    k, v = load_tile(K_kept_ptr, kept_stride, rows, in_kept, D, D), load_tile(V_kept_ptr, kept_stride, rows, in_kept, D, D)
     age = (row % WINDOW - (rows - SINKS) + WINDOW) % WINDOW
     slots = tl.where(rows < SINKS, start + rows, row - age)
     is_sink, _ = find_kept(slots, row, start, SINKS, WINDOW)
-    is_there = (rows < SINKS + WINDOW) & (slots >= 0) & (slots < row) & (is_sink == (rows < SINKS))
-    biases = load_biases(Mask_ptr, mask_strides, place, slots, is_there, GROUP, MASK_ROWS, FLOOR)
-    readable = is_attended(biases)
-    return load_tile(K_kept_ptr, kept_stride, rows, readable, D, D), load_tile(V_kept_ptr, kept_stride, rows, readable, D, D), biases
+    is_there = in_kept & (slots >= 0) & (slots < row) & (is_sink == (rows < SINKS))
+    return k, v, is_there, load_mask(Mask_ptr, mask_strides, place, slots, is_there, GROUP, MASK_ROWS)
 
 
 @triton.jit
@@ -210,14 +261,22 @@ def attend_kept(
     N_PARTS: tl.constexpr,
 ):  # fmt: skip
     """Return the states of queries after one of ``N_PARTS`` parts of the kept tokens, of which the first tile is ``loaded``."""
-    k, v, biases = loaded
-    states = attend(no_keys_yet(len(q_rows), D), q_rows, k, v, biases)
-    for tile in range(part + N_PARTS, (SINKS + WINDOW + KEPT_TILE - 1) // KEPT_TILE, N_PARTS):
-        k, v, biases = load_kept(
-            tile, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start, GROUP, D, MASK_ROWS, FLOOR, SINKS, WINDOW
-        )
-        states = attend(states, q_rows, k, v, biases)
+    states = _attend_kept_tile(no_keys_yet(len(q_rows), D), q_rows, loaded, MASK_ROWS, FLOOR)
+    N_TILES: tl.constexpr = (SINKS + WINDOW + KEPT_TILE - 1) // KEPT_TILE
+    if N_TILES > N_PARTS:
+        for tile in range(part + N_PARTS, N_TILES, N_PARTS):
+            loaded = load_kept(
+                tile, K_kept_ptr, V_kept_ptr, kept_stride, Mask_ptr, mask_strides, place, row, start, GROUP, D, MASK_ROWS, SINKS, WINDOW
+            )
+            states = _attend_kept_tile(states, q_rows, loaded, MASK_ROWS, FLOOR)
     return states
+
+
+@triton.jit
+def _attend_kept_tile(states, q_rows, loaded, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
+    k, v, is_there, said = loaded
+    biases = as_biases(said, is_there, MASK_ROWS, FLOOR)
+    return attend(states, q_rows, k, only_attended(v, biases), biases)
 
 
 @triton.jit

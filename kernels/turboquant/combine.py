@@ -40,6 +40,6 @@ def combine(partials: Partials, out: torch.Tensor, n_of_codes: int, bits: int) -
     n_splits, n_rows, width = partials.out.shape
     _combine_kernel[(n_rows,)](
         *partials, out, n_rows, n_splits, n_of_codes, D=width, BLOCK_S=triton.next_power_of_2(n_splits),
-        HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=4,
+        HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=2,
     )  # fmt: skip
     return out

@@ -22,7 +22,7 @@ def words_of(D, BITS):
 
 @triton.jit
 def load_words(Codes_ptr, words, mask, D: tl.constexpr, BITS: tl.constexpr, CONTIGUOUS: tl.constexpr):
-    """Load the ``words`` of the rows that begin at ``Codes_ptr``, which broadcast against each other, as a tuple of int32 for :func:`decode_words`.
+    """Load the ``words`` of the rows that begin at ``Codes_ptr``, which broadcast against each other, as a tuple for :func:`decode_words`.
 
     A lane is given no more than ``CONTIGUOUS`` neighbours, a tuple with an entry for each dimension.
     """
@@ -35,7 +35,7 @@ def load_words(Codes_ptr, words, mask, D: tl.constexpr, BITS: tl.constexpr, CONT
 @triton.jit
 def _load(Rows_ptr, words, mask, CONTIGUOUS: tl.constexpr):
     pointers = tl.max_contiguous(Rows_ptr + words, CONTIGUOUS)  # Triton drops what is said of an argument
-    return tl.load(pointers, mask=mask, other=0).to(tl.int32)
+    return tl.load(pointers, mask=mask, other=0)
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def decode_words(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
     elif BITS == 4:
         return _join_eight(levels_of(words[0], BITS, DTYPE))
     else:
-        magnitudes, signs = words
+        magnitudes, signs = words[0], words[1].to(tl.int32)
         lower = levels_of((magnitudes & 0x33333333) | (signs & 0x8888) | ((signs << 17) & HIGH_SIGNS), BITS, DTYPE)
         upper = levels_of(((magnitudes >> 2) & 0x33333333) | ((signs << 2) & 0x8888) | ((signs << 19) & HIGH_SIGNS), BITS, DTYPE)
         both = ()

@@ -19,7 +19,7 @@ BOUNDARIES_3, BOUNDARIES_4 = tl.constexpr(codebook(3).boundaries), tl.constexpr(
 
 
 @triton.jit
-def encode_row(x, BITS: tl.constexpr, UNBIASED: tl.constexpr):
+def encode_row(x, unbiased, BITS: tl.constexpr):
     """Return the codes of ``BITS``, int32 ``[D]``, and the scale, float32, of a float32 row ``x`` ``[D]``.
 
     A scale that :func:`is_storable` refuses stands for a vector that is not finite or too large.
@@ -38,7 +38,7 @@ def encode_row(x, BITS: tl.constexpr, UNBIASED: tl.constexpr):
         z = rotate_row(x_unit) * (root / tl.maximum(norm, MIN_PEAK))
         codes, c = nearest(z, BITS)
         product = tl.sum(z * c, axis=0)
-        ratio = x.shape[0] / tl.where(norm == 0, 1.0, product) if UNBIASED else product / tl.sum(c * c, axis=0)
+        ratio = tl.where(unbiased, x.shape[0] / tl.where(norm == 0, 1.0, product), product / tl.sum(c * c, axis=0))
         return codes, norm * ratio / root * peak
 
 

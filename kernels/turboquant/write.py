@@ -72,17 +72,17 @@ def check_quantized_kv_write(
 
 @triton.jit
 def write_vector(
-    x, Codes_ptr, Scale_ptr, Kept_ptr, kept_stride, writable, slot, last, start,
-    BITS: tl.constexpr, UNBIASED: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    x, is_key, Codes_ptr, Scale_ptr, Kept_ptr, kept_stride, writable, slot, last, start,
+    BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Write a vector ``x`` ``[D]`` to the codes and the scale at the pointers, and to the kept tokens of the head from ``Kept_ptr`` on."""
+    """Write a key or value ``x`` ``[D]`` to the codes and the scale at the pointers, and to the kept tokens of the head from ``Kept_ptr`` on."""
     columns = tl.arange(0, x.shape[0])
     is_sink, is_recent = find_kept(slot, last, start, SINKS, WINDOW)
     if SINKS > 0:
         tl.store(Kept_ptr + (slot - start) * kept_stride + columns, x, mask=writable & is_sink)
     if WINDOW > 0:
         tl.store(Kept_ptr + (SINKS + slot % WINDOW) * kept_stride + columns, x, mask=writable & is_recent)
-    codes, scale = encode_row(x.to(tl.float32), BITS, UNBIASED)
+    codes, scale = encode_row(x.to(tl.float32), is_key, BITS)
     store_codes(Codes_ptr, codes, writable, BITS)
     tl.store(Scale_ptr, scale.to(tl.float16), mask=writable)
     tl.device_assert(is_storable(scale), "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
@@ -107,13 +107,13 @@ def _quantized_kv_write_kernel(
     if tl.program_id(2) == 0:
         k = tl.load(K_ptr + batch * k_strides[0] + head * k_strides[1] + token * k_strides[2] + columns)
         K_codes_ptr += batch * k_codes_strides[0] + head * k_codes_strides[1] + slot * k_codes_strides[2]
-        write_vector(k, K_codes_ptr, Scales_ptr, Kept_ptr, kept_strides[3], in_cache, slot, last, start, K_BITS, True, SINKS, WINDOW)
+        write_vector(k, True, K_codes_ptr, Scales_ptr, Kept_ptr, kept_strides[3], in_cache, slot, last, start, K_BITS, SINKS, WINDOW)
     else:
         v = tl.load(V_ptr + batch * v_strides[0] + head * v_strides[1] + token * v_strides[2] + columns)
         V_codes_ptr += batch * v_codes_strides[0] + head * v_codes_strides[1] + slot * v_codes_strides[2]
         Scales_ptr += scales_strides[0]
         Kept_ptr += kept_strides[0]
-        write_vector(v, V_codes_ptr, Scales_ptr, Kept_ptr, kept_strides[3], in_cache, slot, last, start, V_BITS, False, SINKS, WINDOW)
+        write_vector(v, False, V_codes_ptr, Scales_ptr, Kept_ptr, kept_strides[3], in_cache, slot, last, start, V_BITS, SINKS, WINDOW)
 
 
 def quantized_kv_write_triton(

@@ -140,7 +140,8 @@ def test_splits_fill_the_gpu_and_no_more(monkeypatch):
     device = torch.device("cpu")
     assert choose_splits(1, 8, device) == choose_splits(2, 8, device) == 1
     assert choose_splits(10, 8, device) == 10
-    assert choose_splits(1000, 8, device) == 64
+    assert choose_splits(1024, 8, device) == 64
+    assert choose_splits(1000, 8, device) == 63  # of 16 tiles each, as of 64 the largest
     assert choose_splits(1000, 64, device) == 33
     assert choose_splits(1000, 10000, device) == 1
 

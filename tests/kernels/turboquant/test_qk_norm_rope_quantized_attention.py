@@ -12,8 +12,13 @@ from numerics import DTYPES, EVERY_OPCHECK, assert_accurate, dtypes, layouts, po
 from test_decode_attention import MASKS, make_mask, softmax_attention
 from test_qk_norm_rope_kv_write import oracle
 
+from qtts_compile.kernels import flash_decoding_launch
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention
-from qtts_compile.kernels.qk_norm_rope_quantized_attention import qk_norm_rope_quantized_attention, qk_norm_rope_quantized_attention_triton
+from qtts_compile.kernels.qk_norm_rope_quantized_attention import (
+    _choose_parts,
+    qk_norm_rope_quantized_attention,
+    qk_norm_rope_quantized_attention_triton,
+)
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import rotary_reference
 from qtts_compile.kernels.turboquant.codebook import codebook
@@ -132,6 +137,27 @@ def test_kernel_is_as_accurate_as_eager(
 def test_long_cache(device, format, kind, n_splits, dtype):
     arguments = make_arguments(0, format, 1, (4, 2), 300, 280, (128, [], False), dtype, device, 4, 64, mask_kind=kind, mask_dtype=dtype)
     check(arguments, n_splits=n_splits)
+
+
+@pytest.mark.parametrize(
+    ("format", "kind", "block_m"), [("int4", "left_padded", None), ("int3", "none", 1), ("k4v3", "additive", 2), ("fp8", "none", 4)]
+)
+@pytest.mark.parametrize("multiprocessors", [1, 200])
+def test_programs_of_one_row_where_all_have_room(device, format, kind, block_m, multiprocessors, monkeypatch):
+    monkeypatch.setattr(flash_decoding_launch, "_sm_count", lambda device: multiprocessors)
+    arguments = make_arguments(
+        1, format, 2, (6, 2), 150, 140, (64, [], False), torch.bfloat16, device, 3, 37, mask_kind=kind, mask_dtype=torch.bfloat16
+    )
+    check(arguments, block_m=block_m)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kept_tiles", "block_m", "chosen"),
+    [(1, 5, 2, (5, 1)), (2, 5, 2, (5, 1)), (3, 5, 2, (3, 2)), (32, 5, 2, (3, 2)), (1, 40, 1, (8, 1)), (64, 1, 2, (1, 2))],
+)
+def test_programs_share_the_kept_tokens_as_they_have_room(batch, kept_tiles, block_m, chosen, monkeypatch):
+    monkeypatch.setattr(flash_decoding_launch, "_sm_count", lambda device: 132)
+    assert _choose_parts(kept_tiles, (8 * batch, 52), block_m, torch.device("cpu")) == chosen
 
 
 @pytest.mark.parametrize("launch", [{"block_n": 16}, {"block_n": 32}, {"block_n": 64, "num_warps": 2}, {"block_n": 32, "num_warps": 4, "block_m": 1}])
