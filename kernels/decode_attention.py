@@ -13,13 +13,13 @@ from qtts_compile.kernels.flash_decoding import (
     LOG2_E,
     attend,
     attend_cache,
+    is_attended,
     is_row,
     load_biases,
     load_tile,
     locate_rows,
     look_ahead,
     no_keys_yet,
-    only_attended,
     row_offset,
     store_rows,
 )
@@ -117,7 +117,7 @@ def _decode_attention_kernel(
         biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
         k = load_tile(K_ptr, k_strides[2], keys, keys < S, D, BLOCK_D)
         v = load_tile(V_ptr, v_strides[2], keys, keys < S, D, BLOCK_D)
-        states = attend(states, q_rows, k, only_attended(v, biases), biases)
+        states = attend(states, q_rows, k, tl.where(is_attended(biases)[:, None], v, 0.0), biases)
     else:
         live_bits = look_ahead(0, tl.num_programs(1), Mask_ptr, mask_strides, place, S, (), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
         states = attend_cache(

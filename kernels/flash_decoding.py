@@ -85,12 +85,6 @@ def is_attended(biases):
 
 
 @triton.jit
-def only_attended(v, biases):
-    """Return values ``[N, BLOCK_D]`` in float32, zero where no row attends to them: they may hold anything."""
-    return tl.where(is_attended(biases)[:, None], v.to(tl.float32), 0.0)
-
-
-@triton.jit
 def no_keys_yet(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """Return the states before the first key."""
     # One tuple entry a row keeps every tensor two-dimensional: in three dimensions Triton lays keys out anew, through shared memory.

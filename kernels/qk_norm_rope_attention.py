@@ -22,7 +22,6 @@ from qtts_compile.kernels.flash_decoding import (
     locate_rows,
     look_ahead,
     no_keys_yet,
-    only_attended,
     row_offset,
     store_rows,
 )
@@ -174,7 +173,7 @@ def _qk_norm_rope_attention_kernel(
         old_biases = ()
         for m in tl.static_range(MASK_ROWS):
             old_biases = old_biases + (tl.where(is_old, biases[m], float("-inf")),)
-        states = attend(states, q_rows, k_tile, only_attended(v_tile, old_biases), old_biases)
+        states = attend(states, q_rows, k_tile, tl.where(is_attended(old_biases)[:, None], v_tile, 0.0), old_biases)
     else:
         states = attend_cache(
             states, q_rows, live_bits, K_cache_ptr, V_cache_ptr, k_cache_strides[2], v_cache_strides[2], Mask_ptr, mask_strides, place, S, rows,

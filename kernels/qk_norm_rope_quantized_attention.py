@@ -202,7 +202,7 @@ def _qk_norm_rope_quantized_attention_kernel(
         if part < N_PARTS:
             kept = load_kept(
                 part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, own_place, row, start,
-                GROUP, D, OWN_MASK_ROWS, SINKS, WINDOW,
+                GROUP, D, OWN_MASK_ROWS, FLOOR, SINKS, WINDOW,
             )  # fmt: skip
             q_rows = ()
             for m in tl.static_range(KEPT_M):
