@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import build_talker, case, generate_codes, generation_inputs
+from models import GROUPS, build_talker, case, generate_codes, generation_inputs
 from models.generation import CODES, END_OF_SPEECH
 from rewriting import expected_kernels, kernels
 
@@ -226,7 +226,7 @@ def test_a_frame_can_be_compiled_as_one_function():
     frame = Frame(talker, SpeechState(talker, 1, 32), Stack(talker.model, 3, 32), Stack(talker.code_predictor.model, 1, 16))
     with collect() as report, torch.inference_mode():
         torch.compile(frame, backend="qtts", fullgraph=True, options={"executor": "eager", "strict": True})()
-    assert len(report.graphs) == 1 and report.lifted["attention"] == 15 * case("predictor").layers + case("talker-0.6b").layers
+    assert len(report.graphs) == 1 and report.lifted["attention"] == (GROUPS - 1) * case("predictor").layers + case("talker-0.6b").layers
 
 
 def test_wrong_settings_are_named():

@@ -12,6 +12,7 @@ Family = Literal["talker", "predictor", "qwen3", "qwen2", "llama"]
 RopeLayout = Literal["single", "interleaved", "concatenated"]
 
 QKV = ("q_proj", "k_proj", "v_proj")
+GROUPS = 6  # codes of a frame; a published model has 16, and runs its predictor once for each but the first
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ModelCase:
             return config
         from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSTalkerCodePredictorConfig, Qwen3TTSTalkerConfig
 
-        sizes["num_code_groups"] = 16
+        sizes["num_code_groups"] = GROUPS
         if self.family == "predictor":
             return Qwen3TTSTalkerCodePredictorConfig(**sizes | overrides)
         rope = dict(interleaved=self.rope_layout == "interleaved", mrope_section=list(self.sections), rope_type="default", type="default")
