@@ -10,7 +10,7 @@ from .weights import randomise
 
 CODES = 64  # entries of every codebook; the talker's vocabulary has as many special tokens above them
 END_OF_SPEECH = CODES + 6
-SEED = 4  # inputs on which every greedy choice of 32 frames wins by 3e-4 or more, in both transformers lines (test_models.py)
+SEED = 13  # inputs on which every greedy choice of 32 frames wins by 7e-4 or more, in both transformers lines (test_models.py)
 
 
 def build_talker(
