@@ -43,7 +43,7 @@ readme: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $$($(PYTHON) --version) is too old: install Python 3.10 or later, or make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make a virtual environment: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --editable '.[$(EXTRAS)]'
+	$(@D)/bin/python -m pip install --no-compile --editable '.[$(EXTRAS)]'
 	touch $@
 
 .venv/.installed-dev: .venv/.installed

@@ -4,6 +4,8 @@
 and fails without one. The two never share a process, because Triton decides once, when a kernel is defined, whether to interpret it.
 """
 
+import gc
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,6 +19,11 @@ sys.path.append(str(Path(__file__).parent / "kernels"))  # for numerics.py and i
 
 # The test processes share the machine, and small operators run many times slower when several threads wait for each other.
 torch.set_num_threads(1)
+
+gc.set_threshold(50_000)  # searching for garbage as often as by default takes an eighth of the time of tests that compile
+
+# pytest listens to loggers that do not propagate, and with a listener PyTorch writes out every graph at every stage.
+logging.getLogger("torch.__trace").propagate = True
 
 os.environ["QTTS_COMPILE_SEARCH"] = "0"  # a test's odd shapes are not worth measuring launches for
 
@@ -35,9 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.markexpr = config.option.markexpr or "not gpu"
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
-        from interpreter import round_to_nearest_even  # pyright: ignore[reportMissingImports]
+        from interpreter import repair_interpreter  # pyright: ignore[reportMissingImports]
 
-        round_to_nearest_even()
+        repair_interpreter()
     elif not torch.cuda.is_available():
         raise pytest.UsageError("-m gpu needs a CUDA device, and PyTorch finds none")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import build_talker, generate_codes
+from models import GROUPS, build_talker, generate_codes
 
 import qtts_compile
 
@@ -22,7 +22,7 @@ def test_greedy_codes_equal_eager_s(size, lengths, executor):
     assert [stack.name for stack in stacks] == ["model", "code_predictor.model"]
     with qtts_compile.collect() as report:
         codes = generate_codes(talker, FRAMES, lengths)
-    assert codes.shape == (len(lengths), FRAMES, 16)
+    assert codes.shape == (len(lengths), FRAMES, GROUPS)
     assert torch.equal(codes, expected)
     layers = sum(stack.layers for stack in stacks)
     assert report.kernels["attention"] >= layers and report.kernels["swiglu"] + report.kernels["norm_swiglu"] >= 2 * layers

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import CASES, ModelCase, Session, build_talker, case, generate_codes, generation_inputs, published
+from tests.models import CASES, GROUPS, ModelCase, Session, build_talker, case, generate_codes, generation_inputs, published
 
 NAMES = [c.name for c in CASES]
 MASKS = ["4d", "4d-additive", "2d", "none"]
@@ -220,7 +220,7 @@ def test_talker_joins_predictor_as_published(talkers):
     assert (projection.in_features, projection.out_features) == (case("talker-1.7b").hidden, case("predictor").hidden)
     assert isinstance(talkers["0.6b"].code_predictor.small_to_mtp_projection, torch.nn.Identity)
     for talker in talkers.values():
-        assert len(talker.code_predictor.lm_head) == 15
+        assert len(talker.code_predictor.lm_head) == GROUPS - 1
 
 
 @pytest.mark.parametrize("lengths", [[9], [5, 9, 7]], ids=["single", "padded"])
@@ -241,14 +241,14 @@ def test_greedy_codes_vary_and_have_no_ties(talkers, size, lengths):
             hook.remove()
     for scores in result.scores:
         record(scores)
-    assert len(margins) == frames * 15 + frames + 1
+    assert len(margins) == frames * GROUPS + 1
     assert min(margins) > 2e-4
     codes = torch.stack([hidden[-1] for hidden in result.hidden_states if hidden[-1] is not None], dim=1)
-    assert codes.shape == (len(lengths), frames, 16)
+    assert codes.shape == (len(lengths), frames, GROUPS)
     assert codes.min() >= 0 and codes.max() < 64
     for row in codes:
         assert len({tuple(frame) for frame in row.tolist()}) == frames
-        assert all(row[:, group].unique().numel() >= 10 for group in range(16))
+        assert all(row[:, group].unique().numel() >= 10 for group in range(GROUPS))
 
 
 def test_greedy_codes_are_reproducible_and_seeded(talkers):

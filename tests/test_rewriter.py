@@ -22,7 +22,7 @@ def model():
 
 @pytest.mark.parametrize("layers", [(0, 1), (1, 2), (1, 3), (0, 3)], ids=str)
 def test_layers_limits_the_rewrites_to_exactly_those(layers):
-    c = case("predictor")
+    c = replace(SMALL, layers=3)
     run = side_by_side(c, c.build(torch.float32), options={"layers": layers, "strict": True}, decode=1)
     wanted = [f"layers.{i}" for i in range(*layers)]
     for phase, report, _ in run.compiled_graphs():

@@ -49,7 +49,8 @@ def setup(name: str, cache: str = "static", dtype: torch.dtype = torch.float32, 
 
 
 FULL_PRECISION = [
-    *(setup(name) for name in NAMES),
+    setup("talker-1.7b"),
+    *(setup(name, layers=2) for name in NAMES if name != "talker-1.7b"),
     *(setup(name, "dynamic", layers=2, **PADDED) for name in NAMES),
     *(setup(name, mask="4d-additive", layers=2, **PADDED) for name in ("talker-1.7b", "talker-concatenated", "llama")),
     *(setup(name, mask="2d", layers=2) for name in ("talker-0.6b", "qwen2")),
@@ -61,7 +62,8 @@ FULL_PRECISION = [
     setup("predictor", "dynamic", executor="inductor", layers=2, **PADDED),
 ]
 HALF_PRECISION = [
-    *(setup(name, dtype=torch.bfloat16) for name in TALKERS),
+    setup("talker-1.7b", dtype=torch.bfloat16),
+    *(setup(name, dtype=torch.bfloat16, layers=2) for name in TALKERS if name != "talker-1.7b"),
     setup("talker-1.7b", "dynamic", torch.bfloat16, layers=2),
     setup("talker-1.7b", dtype=torch.float16, layers=2),
     setup("talker-0.6b", dtype=torch.bfloat16, executor="inductor", layers=2),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, seeds
 from test_decode_attention import MASKS, make_mask, softmax_attention
@@ -101,6 +101,7 @@ def test_kernel_is_as_accurate_as_eager(
     )
 
 
+@settings(max_examples=10)
 @given(places(), variants, dtypes, st.sampled_from(MASKS), splits, seeds)
 def test_equals_the_two_operators_that_it_replaces(device, place, variant, dtype, mask_kind, n_splits, seed):
     """Over two steps, the second of which reads what the first wrote."""

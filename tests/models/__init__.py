@@ -3,8 +3,8 @@
 They build alike on transformers 4.57 with qwen-tts and on transformers 5 with qwen-tts-hf.
 """
 
-from .cases import CASES, ModelCase, case, published
+from .cases import CASES, GROUPS, ModelCase, case, published
 from .generation import build_talker, generate_codes, generation_inputs
 from .session import Session
 
-__all__ = ["CASES", "ModelCase", "Session", "build_talker", "case", "generate_codes", "generation_inputs", "published"]
+__all__ = ["CASES", "GROUPS", "ModelCase", "Session", "build_talker", "case", "generate_codes", "generation_inputs", "published"]

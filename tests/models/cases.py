@@ -12,6 +12,7 @@ Family = Literal["talker", "predictor", "qwen3", "qwen2", "llama"]
 RopeLayout = Literal["single", "interleaved", "concatenated"]
 
 QKV = ("q_proj", "k_proj", "v_proj")
+GROUPS = 6  # codes of a frame; a published model has 16, and runs its predictor once for each but the first
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ModelCase:
             return config
         from qwen_tts.core.models.configuration_qwen3_tts import Qwen3TTSTalkerCodePredictorConfig, Qwen3TTSTalkerConfig
 
-        sizes["num_code_groups"] = 16
+        sizes["num_code_groups"] = GROUPS
         if self.family == "predictor":
             return Qwen3TTSTalkerCodePredictorConfig(**sizes | overrides)
         rope = dict(interleaved=self.rope_layout == "interleaved", mrope_section=list(self.sections), rope_type="default", type="default")
@@ -104,7 +105,7 @@ def _stack_class(family: Family) -> Any:
 _TALKER = ModelCase(
     "talker-1.7b",
     "talker",
-    layers=4,
+    layers=3,
     hidden=128,
     intermediate=384,
     heads=4,
@@ -113,16 +114,16 @@ _TALKER = ModelCase(
     rope_layout="interleaved",
     sections=(8, 4, 4),
 )
-_PREDICTOR = ModelCase("predictor", "predictor", layers=3, hidden=64, intermediate=192, heads=4, kv_heads=2, head_dim=32)
-_PLAIN = replace(_PREDICTOR, intermediate=160, layers=2)
+_PREDICTOR = ModelCase("predictor", "predictor", layers=2, hidden=64, intermediate=192, heads=4, kv_heads=2, head_dim=32)
+_PLAIN = replace(_PREDICTOR, intermediate=160)
 
 CASES: list[ModelCase] = [
     _TALKER,
-    replace(_TALKER, name="talker-0.6b", layers=3, hidden=64, intermediate=192),
+    replace(_TALKER, name="talker-0.6b", hidden=64, intermediate=192),
     _PREDICTOR,
-    replace(_TALKER, name="talker-concatenated", layers=3, rope_layout="concatenated"),
+    replace(_TALKER, name="talker-concatenated", rope_layout="concatenated"),
     replace(_TALKER, name="talker-odd", layers=5, hidden=72, intermediate=200, heads=6, kv_heads=2, head_dim=40, sections=(8, 6, 6)),
-    replace(_TALKER, name="talker-bias", layers=3, hidden=96, biased=(*QKV, "o_proj")),
+    replace(_TALKER, name="talker-bias", hidden=96, biased=(*QKV, "o_proj")),
     replace(_PLAIN, name="qwen3", family="qwen3"),
     replace(_PLAIN, name="llama", family="llama", heads=8, head_dim=8),
     replace(_PLAIN, name="qwen2", family="qwen2", biased=QKV),

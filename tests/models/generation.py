@@ -10,7 +10,7 @@ from .weights import randomise
 
 CODES = 64  # entries of every codebook; the talker's vocabulary has as many special tokens above them
 END_OF_SPEECH = CODES + 6
-SEED = 4  # inputs on which every greedy choice of 32 frames wins by 5e-4 or more, in both transformers lines (test_models.py)
+SEED = 13  # inputs on which every greedy choice of 32 frames wins by 7e-4 or more, in both transformers lines (test_models.py)
 
 
 def build_talker(
@@ -53,7 +53,7 @@ def generation_inputs(talker: nn.Module, frames: int, lengths: list[int], seed: 
         attention_mask=mask.to(parameter.device),
         trailing_text_hidden=trailing.to(parameter),
         tts_pad_embed=pad.to(parameter),
-        max_new_tokens=frames + 1,  # a frame's sixteen codes are complete one talker step after its first
+        max_new_tokens=frames + 1,  # a frame's codes are complete one talker step after its first
         min_new_tokens=frames + 1,
         do_sample=False,
         subtalker_dosample=False,
@@ -68,7 +68,7 @@ def generation_inputs(talker: nn.Module, frames: int, lengths: list[int], seed: 
 
 @torch.no_grad()
 def generate_codes(talker: Any, frames: int, lengths: list[int] | None = None, seed: int = SEED, **overrides: Any) -> torch.Tensor:
-    """Return the codes ``[B, frames, 16]`` of greedy generation.
+    """Return the codes ``[B, frames, GROUPS]`` of greedy generation.
 
     ``lengths`` are as in ``generation_inputs``, by default one prompt of 9; ``overrides`` replace arguments of ``talker.generate``.
     """
