@@ -1,18 +1,20 @@
 """Time decoder layers one after the other, as they stand in a frame, at one row and the published shapes.
 
-Run: ``python -m bench.layers [--stacks talker predictor] [--search] [--table FILE] [--json FILE]``. A kernel overlaps with its neighbours, so that
-what is fastest alone (bench.linears) need not be fastest here: ``--search`` tries each linear kernel's launches in their place, and ``--table``
-writes this GPU's table for kernels/launches with what it found. The layers' weights together exceed the L2 cache.
+Run: ``python -m bench.layers [--stacks talker predictor] [--kv-cache bf16 int4 ...] [--positions TOKENS ...] [--search] [--table FILE]
+[--json FILE]``. A kernel overlaps with its neighbours, so that what is fastest alone (bench.linears, bench.quantized_attention) need not be
+fastest here: ``--search`` tries each linear kernel's launches in their place, and ``--table`` writes this GPU's table for kernels/launches with what
+it found. The layers' weights together exceed the L2 cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,6 +33,10 @@ from qtts_compile.kernels.linear_add import linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears_triton
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention_triton
+from qtts_compile.kernels.qk_norm_rope_quantized_attention import qk_norm_rope_quantized_attention_triton
+from qtts_compile.kernels.turboquant.format import Format
+from qtts_compile.options import KV_CACHES
+from qtts_compile.turboquant_cache import Protect
 
 EPS, HEADS, WIDTH = 1e-6, 16, 128
 PARTS = ("gate/up", "qkv", "down", "o")  # the largest first
@@ -55,7 +61,27 @@ STACKS = {
 }
 
 
-def build_layer(stack: Stack) -> Callable[[torch.Tensor], torch.Tensor]:
+def build_attention(stack: Stack, kv_cache: str) -> Callable[..., torch.Tensor]:
+    """Return attention over a random cache, a function of queries, keys and values ``[1, heads, 1, WIDTH]``."""
+    new = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
+    theta = torch.rand(*((3,) if stack.sections else ()), 1, 1, WIDTH, device="cuda")
+    angles = theta.cos().bfloat16(), theta.sin().bfloat16(), list(stack.sections), bool(stack.sections)
+    position = torch.tensor([stack.position], device="cuda")
+    mask = (torch.arange(stack.slots, device="cuda") <= position)[None, None, None]
+    norms, shape = (new(WIDTH), new(WIDTH), EPS, EPS), (1, HEADS // 2, stack.slots)
+    if kv_cache == "bf16":
+        caches = new(*shape, WIDTH), new(*shape, WIDTH)
+        return lambda q, k, v: qk_norm_rope_attention_triton(q, k, v, *norms, *angles, *caches, position, mask, WIDTH**-0.5)
+    packed, protect = Format.parse(kv_cache), Protect()
+    k_codes = torch.randint(256, (*shape, packed.key_bytes(WIDTH)), dtype=torch.uint8, device="cuda")
+    v_codes = torch.randint(256, (*shape, packed.value_bytes(WIDTH)), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(2, *shape, device="cuda").half()
+    kept, start = new(2, *shape[:2], protect.sinks + protect.window, WIDTH), torch.zeros(1, dtype=torch.long, device="cuda")
+    buffers = k_codes, v_codes, scales, kept, position, start, protect.sinks, kv_cache
+    return lambda q, k, v: qk_norm_rope_quantized_attention_triton(q, k, v, *norms, *angles, *buffers, mask, WIDTH**-0.5)
+
+
+def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a layer with random weights, a function of ``[1, hidden]``."""
     new = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
 
@@ -64,19 +90,12 @@ def build_layer(stack: Stack) -> Callable[[torch.Tensor], torch.Tensor]:
 
     projections = [weight(heads * WIDTH, stack.hidden) for heads in (HEADS, HEADS // 2, HEADS // 2)]
     out, gate, up = weight(stack.hidden, HEADS * WIDTH), weight(stack.inner, stack.hidden), weight(stack.inner, stack.hidden)
-    down, norms, head_norms = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), (new(WIDTH), new(WIDTH))
-    theta = torch.rand(*((3,) if stack.sections else ()), 1, 1, WIDTH, device="cuda")
-    angles = theta.cos().bfloat16(), theta.sin().bfloat16(), list(stack.sections), bool(stack.sections)
-    shape = 1, HEADS // 2, stack.slots, WIDTH
-    caches = new(shape), new(shape)
-    position = torch.tensor([stack.position], device="cuda")
-    mask = (torch.arange(stack.slots, device="cuda") <= position)[None, None, None]
+    down, norms, attend = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), build_attention(stack, kv_cache)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         states = norm_linears_triton(x, norms[0], projections, [None] * 3, EPS)
         q, k, v = (state.view(1, 1, -1, WIDTH).transpose(1, 2) for state in states)
-        attended = qk_norm_rope_attention_triton(q, k, v, *head_norms, EPS, EPS, *angles, *caches, position, mask, WIDTH**-0.5)
-        x = linear_add_triton(attended.transpose(1, 2).reshape(1, -1), out, None, x)
+        x = linear_add_triton(attend(q, k, v).transpose(1, 2).reshape(1, -1), out, None, x)
         return linear_add_triton(norm_swiglu_triton(x, norms[1], gate, up, EPS), down, None, x)
 
     return layer
@@ -127,14 +146,32 @@ def search(name: str, layers: list[Callable[[torch.Tensor], torch.Tensor]], x: t
     return found
 
 
+def variants_of(name: str, arguments: argparse.Namespace) -> Iterator[tuple[Stack, str]]:
+    """Yield a stack with each kind of cache at each position; the code predictor has one of each."""
+    stack = STACKS[name]
+    if name == "predictor":
+        yield stack, "bf16"
+        return
+    stack = stack._replace(slots=arguments.slots or stack.slots)
+    for kv_cache, position in itertools.product(arguments.kv_cache, arguments.positions or [stack.position]):
+        yield stack._replace(position=position), kv_cache
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), metavar="NAME")
-    parser.add_argument("--search", action="store_true", help="try other launches of the linear kernels")
+    parser.add_argument("--kv-cache", nargs="+", choices=KV_CACHES, default=["bf16"], metavar="FORMAT", help="of the talker's keys and values")
+    parser.add_argument("--positions", nargs="+", type=int, metavar="TOKENS", help="of the talker (default: 100)")
+    parser.add_argument("--slots", type=int, help="of the talker's cache (default: 2048)")
+    parser.add_argument("--search", action="store_true", help="try other launches of the linear kernels, over bf16")
     parser.add_argument("--table", type=Path, help="where to write the launches found, with all others that are shipped for this GPU")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
+    variants = {name: list(variants_of(name, arguments)) for name in arguments.stacks}
+    for stack, _ in (variant for each in variants.values() for variant in each):
+        if not 0 < stack.position < stack.slots:
+            parser.error(f"--positions: give 1 to {stack.slots - 1}, or more --slots than {stack.slots}, for {stack.position}")
     with multiprocessing.get_context("fork").Pool(max(1, (os.cpu_count() or 1) - 1)) as pool:  # before CUDA starts
         if not torch.cuda.is_available():
             raise SystemExit("bench.layers needs a CUDA GPU")
@@ -146,18 +183,19 @@ def main(argv: list[str] | None = None) -> None:
     table: dict[str, Any] = json.loads(shipped.read_text()) if shipped.is_file() else {}
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "rows": []}
     result["command"] = "python -m bench.layers " + " ".join(argv or sys.argv[1:])
-    for name in arguments.stacks:
-        stack = STACKS[name]
-        layers = [build_layer(stack) for _ in range(stack.layers)]
+    for name, (stack, kv_cache) in ((name, variant) for name, each in variants.items() for variant in each):
+        layers = [build_layer(stack, kv_cache) for _ in range(stack.layers)]
         x = torch.randn(1, stack.hidden, dtype=torch.bfloat16, device="cuda")
         us = [min(measure(layers, x) for _ in range(5))]
-        if arguments.search:
+        if arguments.search and (stack, kv_cache) == variants[name][0]:
             table |= search(name, layers, x, compiled)
             us.append(min(measure(layers, x) for _ in range(5)))
         floor = sum(case_of(name, part).weight_bytes for part in PARTS) / copy_bandwidth() / 1e6
         launches = {part: chosen_launch(case_of(name, part), 1) for part in PARTS}
-        result["rows"].append(dict(stack=name, layers=stack.layers, position=stack.position, us=us, floor_us=floor, launches=launches))
-        print(f"{name:10} {' -> '.join(f'{value:.2f}' for value in us)} us a layer; its weights can be read in {floor:.2f}", flush=True)
+        place = dict(stack=name, layers=stack.layers, slots=stack.slots, position=stack.position, kv_cache=kv_cache)
+        result["rows"].append(place | dict(us=us, floor_us=floor, launches=launches))
+        timed = " -> ".join(f"{value:.2f}" for value in us)
+        print(f"{name:10} {kv_cache:5} {stack.position:5} {timed} us a layer; its weights can be read in {floor:.2f}", flush=True)
         del layers
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))

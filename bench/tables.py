@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.registry import MODES
+
 RESULTS = Path(__file__).parent / "results"
 # How a run was kept in bounds and where it wrote does not change what it measured.
 UNSHOWN = ("--json", "--table", "--folder", "--profile", "--budget", "--time-limit")
@@ -256,7 +258,8 @@ def caches(results: Results) -> str:
         place = [str(row["batch"]), str(row["slots"]), row["row"].split()[3]]
         numbers = [f"{figures['frame']:.2f}", f"{figures['floor']:.2f}", f"{figures['keys and values read']:.0f}", f"{figures['cache']:.0f}"]
         memory = f"{results.figure(row['job'], 'memory', 'allocated, frames'):.2f}"
-        rows.append([row["size"].upper(), f"`{row.get('kv_cache', 'bf16')}`", *place, *numbers, memory])
+        kv_cache = row.get("kv_cache") or MODES[row["mode"]].arguments.get("kv_cache", "bf16")
+        rows.append([row["size"].upper(), f"`{kv_cache}`", *place, *numbers, memory])
     titles = ["model", "cache", "texts", "slots", "position", "ms/frame", "floor, ms", "keys and values read, MB", "cache, MiB", "GiB allocated"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
 

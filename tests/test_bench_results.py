@@ -117,6 +117,19 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
         tables.frame(tables.Results("suite"))
 
 
+def test_frames_name_their_own_cache_or_their_mode_s(tmp_path, monkeypatch):
+    figures = {name: figure(1.0, "") for name in ("frame", "floor", "keys and values read", "cache")}
+    place = {"size": "1.7b", "batch": 1, "slots": 2048, "row": "frames at positions 64 to 164", "ms_per_frame": {}, "figures": figures}
+    memory = {"row": "memory", "figures": {"allocated, frames": figure(4.0, "GiB")}}
+    named = {"job": "a", "mode": "hybrid"}, {"job": "b", "mode": "hybrid+tq"}, {"job": "c", "mode": "hybrid+tq", "kv_cache": "int3"}
+    machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
+    content = {"machine": machine, "command": "", "rows": [{**name, **row} for name in named for row in (place, memory)]}
+    (tmp_path / "caches.json").write_text(json.dumps(content))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = tables.caches(tables.Results("caches")).splitlines()[4:]
+    assert [line.split(" | ")[1] for line in lines] == ["`bf16`", "`int4`", "`int3`"]
+
+
 def test_commands_are_shown_without_where_they_wrote():
     assert tables.shown_command("python -m bench.speech --budget 5 --rows 'qtts' eager --json /root/x.json --repeats 3") == (
         "python -m bench.speech --rows qtts eager --repeats 3"
