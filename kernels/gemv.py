@@ -12,14 +12,13 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 
 from qtts_compile.kernels.checks import check_float_dtype, check_like, check_rank, check_shape
+from qtts_compile.kernels.interpreted import IS_INTERPRETED
 from qtts_compile.kernels.rms_norm import check_rms_norm
 from qtts_compile.kernels.rows import with_unit_stride
 
 MAX_ROWS = 16
-IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:

@@ -5,12 +5,10 @@
 
 import triton
 import triton.language as tl
-from triton import knobs
 from triton.language.extra.cuda import libdevice
 
+from qtts_compile.kernels.interpreted import IS_INTERPRETED
 from qtts_compile.kernels.rotary import select_axis
-
-IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit

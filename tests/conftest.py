@@ -5,7 +5,6 @@ and fails without one. The two never share a process, because Triton decides onc
 """
 
 import gc
-import logging
 import os
 import sys
 from pathlib import Path
@@ -21,9 +20,6 @@ sys.path.append(str(Path(__file__).parent / "kernels"))  # for numerics.py and i
 torch.set_num_threads(1)
 
 gc.set_threshold(50_000)  # searching for garbage as often as by default takes an eighth of the time of tests that compile
-
-# pytest listens to loggers that do not propagate, and with a listener PyTorch writes out every graph at every stage.
-logging.getLogger("torch.__trace").propagate = True
 
 os.environ["QTTS_COMPILE_SEARCH"] = "0"  # a test's odd shapes are not worth measuring launches for
 

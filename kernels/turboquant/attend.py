@@ -11,7 +11,6 @@ permutation of the bits of their index.
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from qtts_compile.kernels.flash_decoding import (
     LOG2_E,
@@ -27,13 +26,13 @@ from qtts_compile.kernels.flash_decoding import (
     no_keys_yet,
     row_offset,
 )
+from qtts_compile.kernels.interpreted import IS_INTERPRETED
 from qtts_compile.kernels.turboquant.decode import decode_words, load_words, words_of
 from qtts_compile.kernels.turboquant.kept import find_kept
 from qtts_compile.kernels.turboquant.rotation import rotate_row
 
 KEPT_TILE = tl.constexpr(16)
 COLUMNS = tl.constexpr(8)  # rows of queries that the tensor cores take at once
-IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 @triton.jit

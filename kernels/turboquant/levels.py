@@ -7,11 +7,9 @@
 import torch
 import triton
 import triton.language as tl
-from triton import knobs
 
+from qtts_compile.kernels.interpreted import IS_INTERPRETED
 from qtts_compile.kernels.turboquant.codebook import codebook
-
-IS_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 def _magnitudes(bits: int, dtype: torch.dtype) -> tuple[int, ...]:
