@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from bench.attention import Case as AttentionCase
 from bench.linears import CASES, Case, chosen_launch, compile_launch
 from bench.machine import describe
+from bench.quantized_attention import build_arguments, kernel_of, write_prompt
 from bench.reads import copy_bandwidth
 from qtts_compile.kernels.gemv_launch import candidates
 from qtts_compile.kernels.launch_search import microseconds
@@ -32,11 +34,7 @@ from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name,
 from qtts_compile.kernels.linear_add import linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears_triton
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
-from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention_triton
-from qtts_compile.kernels.qk_norm_rope_quantized_attention import qk_norm_rope_quantized_attention_triton
-from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.options import KV_CACHES
-from qtts_compile.turboquant_cache import Protect
 
 EPS, HEADS, WIDTH = 1e-6, 16, 128
 PARTS = ("gate/up", "qkv", "down", "o")  # the largest first
@@ -61,24 +59,13 @@ STACKS = {
 }
 
 
-def build_attention(stack: Stack, kv_cache: str) -> Callable[..., torch.Tensor]:
-    """Return attention over a random cache, a function of queries, keys and values ``[1, heads, 1, WIDTH]``."""
-    new = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
-    theta = torch.rand(*((3,) if stack.sections else ()), 1, 1, WIDTH, device="cuda")
-    angles = theta.cos().bfloat16(), theta.sin().bfloat16(), list(stack.sections), bool(stack.sections)
-    position = torch.tensor([stack.position], device="cuda")
-    mask = (torch.arange(stack.slots, device="cuda") <= position)[None, None, None]
-    norms, shape = (new(WIDTH), new(WIDTH), EPS, EPS), (1, HEADS // 2, stack.slots)
-    if kv_cache == "bf16":
-        caches = new(*shape, WIDTH), new(*shape, WIDTH)
-        return lambda q, k, v: qk_norm_rope_attention_triton(q, k, v, *norms, *angles, *caches, position, mask, WIDTH**-0.5)
-    packed, protect = Format.parse(kv_cache), Protect()
-    k_codes = torch.randint(256, (*shape, packed.key_bytes(WIDTH)), dtype=torch.uint8, device="cuda")
-    v_codes = torch.randint(256, (*shape, packed.value_bytes(WIDTH)), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(2, *shape, device="cuda").half()
-    kept, start = new(2, *shape[:2], protect.sinks + protect.window, WIDTH), torch.zeros(1, dtype=torch.long, device="cuda")
-    buffers = k_codes, v_codes, scales, kept, position, start, protect.sinks, kv_cache
-    return lambda q, k, v: qk_norm_rope_quantized_attention_triton(q, k, v, *norms, *angles, *buffers, mask, WIDTH**-0.5)
+def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callable[..., torch.Tensor]:
+    """Return attention over a cache with a random prompt, a function of queries, keys and values ``[1, heads, 1, WIDTH]``."""
+    case = AttentionCase("", stack.slots, stack.position, stack.sections)
+    sets = build_arguments(kv_cache, case, 1, device, copies=1)
+    write_prompt(kv_cache, case, sets)
+    attend, rest = kernel_of(kv_cache, device), sets[0][3:]
+    return lambda q, k, v: attend(q, k, v, *rest)
 
 
 def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor], torch.Tensor]:
@@ -146,32 +133,31 @@ def search(name: str, layers: list[Callable[[torch.Tensor], torch.Tensor]], x: t
     return found
 
 
-def variants_of(name: str, arguments: argparse.Namespace) -> Iterator[tuple[Stack, str]]:
-    """Yield a stack with each kind of cache at each position; the code predictor has one of each."""
-    stack = STACKS[name]
-    if name == "predictor":
-        yield stack, "bf16"
-        return
-    stack = stack._replace(slots=arguments.slots or stack.slots)
-    for kv_cache, position in itertools.product(arguments.kv_cache, arguments.positions or [stack.position]):
-        yield stack._replace(position=position), kv_cache
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; ``variants`` are the stacks that are timed, each with its name and a kind of cache."""
+    parser = argparse.ArgumentParser(prog="python -m bench.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), metavar="NAME")
+    parser.add_argument("--kv-cache", nargs="+", choices=KV_CACHES, default=["bf16"], metavar="FORMAT", help="of the talker's keys and values")
+    parser.add_argument("--positions", nargs="+", type=int, default=[STACKS["talker"].position], metavar="TOKENS", help="of the talker")
+    parser.add_argument("--slots", type=int, default=STACKS["talker"].slots, help="of the talker's cache (default: %(default)s)")
+    parser.add_argument("--search", action="store_true", help="try other launches of the linear kernels, over the first cache at the first position")
+    parser.add_argument("--table", type=Path, help="where to write the launches found, with all others that are shipped for this GPU")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    if wrong := [position for position in arguments.positions if not 0 < position < arguments.slots]:
+        parser.error(f"--positions {wrong[0]}: give 1 to {arguments.slots - 1}, or --slots for more")
+    talkers = [
+        ("talker", STACKS["talker"]._replace(slots=arguments.slots, position=position), kv_cache)
+        for kv_cache, position in itertools.product(arguments.kv_cache, arguments.positions)
+    ]
+    each = {"talker": talkers, "predictor": [("predictor", STACKS["predictor"], "bf16")]}
+    arguments.variants = [variant for name in arguments.stacks for variant in each[name]]
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), metavar="NAME")
-    parser.add_argument("--kv-cache", nargs="+", choices=KV_CACHES, default=["bf16"], metavar="FORMAT", help="of the talker's keys and values")
-    parser.add_argument("--positions", nargs="+", type=int, metavar="TOKENS", help="of the talker (default: 100)")
-    parser.add_argument("--slots", type=int, help="of the talker's cache (default: 2048)")
-    parser.add_argument("--search", action="store_true", help="try other launches of the linear kernels, over bf16")
-    parser.add_argument("--table", type=Path, help="where to write the launches found, with all others that are shipped for this GPU")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args(argv)
-    variants = {name: list(variants_of(name, arguments)) for name in arguments.stacks}
-    for stack, _ in (variant for each in variants.values() for variant in each):
-        if not 0 < stack.position < stack.slots:
-            parser.error(f"--positions: give 1 to {stack.slots - 1}, or more --slots than {stack.slots}, for {stack.position}")
+    arguments = arguments_of(argv)
     with multiprocessing.get_context("fork").Pool(max(1, (os.cpu_count() or 1) - 1)) as pool:  # before CUDA starts
         if not torch.cuda.is_available():
             raise SystemExit("bench.layers needs a CUDA GPU")
@@ -183,11 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     table: dict[str, Any] = json.loads(shipped.read_text()) if shipped.is_file() else {}
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "rows": []}
     result["command"] = "python -m bench.layers " + " ".join(argv or sys.argv[1:])
-    for name, (stack, kv_cache) in ((name, variant) for name, each in variants.items() for variant in each):
+    to_search = set(arguments.stacks if arguments.search else ())
+    for name, stack, kv_cache in arguments.variants:
         layers = [build_layer(stack, kv_cache) for _ in range(stack.layers)]
         x = torch.randn(1, stack.hidden, dtype=torch.bfloat16, device="cuda")
         us = [min(measure(layers, x) for _ in range(5))]
-        if arguments.search and (stack, kv_cache) == variants[name][0]:
+        if name in to_search:
+            to_search.remove(name)
             table |= search(name, layers, x, compiled)
             us.append(min(measure(layers, x) for _ in range(5)))
         floor = sum(case_of(name, part).weight_bytes for part in PARTS) / copy_bandwidth() / 1e6

@@ -50,6 +50,7 @@ from qtts_compile.kernels.turboquant.read import quantized_kv_read_reference
 from qtts_compile.kernels.turboquant.write import quantized_kv_write_reference, write_vector
 
 MAX_PARTS = 8  # programs for the kept tokens of a query head
+DENSE_BITS = tl.constexpr(16)  # of kept tokens, at least: they are not rotated
 RESIDENT_PROGRAMS = 8  # of a multiprocessor, with the registers that each takes
 
 
@@ -127,9 +128,12 @@ def check_qk_norm_rope_quantized_attention(
 
 
 @triton.jit
-def _query(q_head, q_weight, q_eps, angles, scale, D: tl.constexpr):
-    """Return a row of queries, scaled by log2(e)."""
-    return norm_rotate(q_head, q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E)
+def _queries(q_heads, q_weight, q_eps, angles, scale, D: tl.constexpr, BITS: tl.constexpr):
+    """Return the rows of queries, scaled by log2(e), for keys of so many bits: rotated if the keys are."""
+    q_rows = ()
+    for m in tl.static_range(len(q_heads)):
+        q_rows = q_rows + (rotated(norm_rotate(q_heads[m], q_weight, q_eps, angles, D).to(tl.float32) * (scale * LOG2_E), BITS),)
+    return q_rows
 
 
 @triton.jit
@@ -180,9 +184,7 @@ def _qk_norm_rope_quantized_attention_kernel(
             0, n_splits, Mask_ptr, mask_strides, place, S, row, start, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR, SINKS, WINDOW
         )
         if N_LOOKS > 1 or live_bits != 0:
-            q_rows = ()
-            for m in tl.static_range(BLOCK_M):
-                q_rows = q_rows + (rotated(_query(q_heads[m], q_weight, q_eps, angles, scale, D), K_BITS),)
+            q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D, K_BITS)
             states = attend_codes(
                 q_rows, codes, is_early, live_bits, n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
                 k_codes_strides[2], v_codes_strides[2], scales_strides[3],
@@ -204,9 +206,7 @@ def _qk_norm_rope_quantized_attention_kernel(
                 part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, own_place, row, start,
                 GROUP, D, OWN_MASK_ROWS, FLOOR, SINKS, WINDOW,
             )  # fmt: skip
-            q_rows = ()
-            for m in tl.static_range(KEPT_M):
-                q_rows = q_rows + (_query(q_heads[m], q_weight, q_eps, angles, scale, D),)
+            q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D, DENSE_BITS)
             row_states = attend_kept(
                 q_rows, kept, part, K_kept_ptr, V_kept_ptr, kept_strides[3], Mask_ptr, mask_strides, own_place, row, start,
                 GROUP, D, OWN_MASK_ROWS, FLOOR, SINKS, WINDOW, N_PARTS,
@@ -215,9 +215,7 @@ def _qk_norm_rope_quantized_attention_kernel(
             key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
             value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
             biases = load_biases(Mask_ptr, mask_strides, own_place, row, in_cache, GROUP, OWN_MASK_ROWS, FLOOR)
-            q_rows = ()
-            for m in tl.static_range(KEPT_M):
-                q_rows = q_rows + (_query(q_heads[m], q_weight, q_eps, angles, scale, D),)
+            q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D, DENSE_BITS)
             k = norm_rotate(key, k_weight, k_eps, angles, D)
             row_states = attend_key(no_keys_yet(KEPT_M, D), q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)
         store_rows(row_states, Out_ptr, Max_ptr, Sum_ptr, own_place, n_splits + part, H_k, GROUP, D, BLOCK_M, D)

@@ -102,7 +102,7 @@ def attend_codes(
             next_bits = look_for_codes(
                 look + 1, n_splits, Mask_ptr, mask_strides, place, S, row, start, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR, SINKS, WINDOW
             )
-        for i in range(first, _last_live(live_bits, next_bits, LOOK_AHEAD)):
+        for i in range(first, _tiles_to_last_live(live_bits, next_bits, LOOK_AHEAD)):
             tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * n_splits
             following = loaded  # the next tile is requested before a tile is computed
             if _is_live(i + 1, live_bits, next_bits, LOOK_AHEAD):
@@ -128,7 +128,7 @@ def _is_live(i, live_bits, next_bits, LOOK_AHEAD: tl.constexpr):
 
 
 @triton.jit
-def _last_live(live_bits, next_bits, LOOK_AHEAD: tl.constexpr):
+def _tiles_to_last_live(live_bits, next_bits, LOOK_AHEAD: tl.constexpr):
     """Return the number of tiles of a look ahead up to the last live one: all of them if the first of the next look is live."""
     n = 0
     for i in tl.static_range(LOOK_AHEAD):

@@ -1,0 +1,40 @@
+"""The benchmark of layers in a chain: what its command line asks for, and the attention that stands in a layer."""
+
+import re
+
+import pytest
+import torch
+
+from bench import layers
+from bench.readme import README
+
+
+def test_each_cache_is_timed_at_each_position(capsys):
+    arguments = layers.arguments_of("--slots 8192 --kv-cache bf16 int4 --positions 64 8000".split())
+    timed = [(name, stack.slots, stack.position, kv_cache) for name, stack, kv_cache in arguments.variants]
+    talkers = [("talker", 8192, position, kv_cache) for kv_cache in ("bf16", "int4") for position in (64, 8000)]
+    assert timed == [("predictor", 16, 8, "bf16"), *talkers]
+    with pytest.raises(SystemExit, match="2"):
+        layers.arguments_of(["--positions", "64", "2048"])
+    assert "--positions 2048: give 1 to 2047, or --slots for more" in capsys.readouterr().err
+
+
+def test_readme_s_commands_are_understood():
+    commands = re.findall(r"^ +python -m bench\.layers ([^#\n]*)", README.read_text(), re.MULTILINE)
+    assert len(commands) == 2 and all(layers.arguments_of(command.split()).variants for command in commands)
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "int4", "k4v3", "fp8"])
+def test_attention_of_a_layer_reads_its_prompt(kv_cache):
+    stack = layers.STACKS["talker"]._replace(slots=128, position=100)
+    torch.manual_seed(0)
+    attend = layers.build_attention(stack, kv_cache, "cpu")
+    q, k, v = (torch.randn(1, heads, 1, layers.WIDTH).bfloat16() for heads in (16, 8, 8))
+    first, other = attend(q, k, v), attend(torch.randn_like(q), k, v)
+    assert first.shape == q.shape and first.isfinite().all() and not torch.equal(first, other)
+    assert not torch.allclose(first, v.repeat_interleave(2, dim=1), atol=0.1)  # as it would be if the new token were alone
+
+
+def test_the_code_predictor_s_attention_takes_its_cache():
+    q, k, v = (torch.randn(1, heads, 1, layers.WIDTH).bfloat16() for heads in (16, 8, 8))
+    assert layers.build_attention(layers.STACKS["predictor"], "bf16", "cpu")(q, k, v).shape == q.shape
