@@ -1,11 +1,13 @@
 """Measure what a quantised KV cache costs in quality, without a corpus of speech.
 
-Run: ``python -m bench.quality [--formats int4 k4v3 int3 fp8] [--parts synthetic model free] [--size 1.7b] [--frames 200] [--json FILE]``. Each format
-is measured with the default protection, with nothing protected but the token that is being read, and with each protection alone:
+Run: ``python -m bench.quality [--formats int4 k4v3 int3 fp8] [--parts synthetic model free] [--size 1.7b] [--frames 200] [--seeds 200]
+[--json FILE]``. Each format is measured with the default protection, with nothing protected but the token that is being read, and with each
+protection alone:
 
 - synthetic: attention over random keys, some with a common mean or outlier channels;
 - model: random weights at the published shape hear a trajectory of the unquantised model;
-- free: every cache goes its own way, 20 seeds in one batch, and speech ends by chance (see ``bench/free_running.py``).
+- free: every cache goes its own way, with ``--seeds`` seeds, and speech ends by chance; its duration beside the unquantised cache's is told with the
+  ratio's standard error (see ``bench/free_running.py``).
 
 ``--tiny`` tries the benchmark itself on a CPU.
 """
@@ -35,7 +37,7 @@ PARTS = ("synthetic", "model", "free")
 LIMITS = {"kl": 0.02, "top1": 0.95}  # the most KL divergence and the least share of equal first choices that pass
 SLOTS = 2048  # of the cache whose bytes are told
 BATCH, LONG_PROMPT = 4, 512  # so that most of what a step attends to is read from codes
-SEEDS = 20
+SEEDS, TINY_SEEDS = 200, 4
 BARE = Protect(first_layers=0, last_layers=0, sinks=0, window=1)
 
 
@@ -100,19 +102,19 @@ def model_rows(talker: Any, arguments: argparse.Namespace, default: Protect) -> 
 def free_rows(model: Any, arguments: argparse.Namespace, default: Protect) -> Iterator[dict[str, Any]]:
     """Yield the rows of speeches that go their own way; those of other seeds tell how much is chance."""
     cap, mode = arguments.frames, None if arguments.tiny else arguments.mode
-    slots = -(-(PROMPT + cap + 1) // 256) * 256
+    slots, seeds = -(-(PROMPT + cap + 1) // 256) * 256, range(arguments.seeds)
 
     def engine(kv_cache: str) -> Engine:
         protect = None if kv_cache == "bf16" else default
         return TTS(model, mode=mode, max_seq_len=slots, kv_cache=kv_cache, protect=protect).engine
 
     unquantized = engine("bf16")
-    exact = free_running.speak(unquantized, arguments.seeds, cap)
-    others = free_running.speak(unquantized, arguments.seeds, cap, seed=arguments.seeds)
+    exact = free_running.speak(unquantized, seeds, cap)
+    others = free_running.speak(unquantized, [arguments.seeds + seed for seed in seeds], cap)
     yield dict(part="free", format="bf16", protected="", **free_running.compare(exact, exact, cap))
     yield dict(part="free", format="bf16", protected="other seeds", **free_running.compare(exact, others, cap))
     for name in arguments.formats:
-        seen = free_running.speak(engine(name), arguments.seeds, cap)
+        seen = free_running.speak(engine(name), seeds, cap)
         yield dict(part="free", format=name, protected="default", **free_running.compare(exact, seen, cap))
 
 
@@ -137,8 +139,8 @@ def describe_row(row: dict[str, Any]) -> str:
     head = f"{row['part']:9} {row['format']:5} {row['protected']:12}"
     if row["part"] == "free":
         return (
-            f"{head} {sum(row['lengths']) / len(row['lengths']):6.1f} frames, {row['duration_ratio']:.3f} of bf16's, {row['at_cap']:.0%} at the cap, "
-            f"parted after {row['frames_until_parted']:.1f}"
+            f"{head} {sum(row['lengths']) / len(row['lengths']):6.1f} frames, {row['duration_ratio']:.3f} ± {row['ratio_error']:.3f} of bf16's, "
+            f"{row['at_cap']:.0%} at the cap, parted after {row['frames_until_parted']:.1f}"
         )
     figures = f"cosine {row['cosine']:.4f}, KL {row['kl']:.5f}, p99 {row['kl_p99']:.5f}, top-1 {row['top1']:6.1%}"
     if row["part"] == "synthetic":
@@ -157,11 +159,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     parser.add_argument("--size", choices=("0.6b", "1.7b"), default="1.7b")
     parser.add_argument("--frames", type=int, default=200, help="of a trajectory, and the most that free speech makes (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="speeches that go their own way together (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"speeches that go their own way (default: {SEEDS}, {TINY_SEEDS} with --tiny)")
     parser.add_argument("--mode", choices=MODES, default="reduce-overhead", help="torch.compile's, for free speech (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="the embedded model on the CPU, which tries the benchmark and measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as they come")
     arguments = parser.parse_args(argv)
+    if arguments.seeds is None:
+        arguments.seeds = TINY_SEEDS if arguments.tiny else SEEDS
+    if arguments.seeds < 2:
+        parser.error(f"--seeds {arguments.seeds}: give at least 2, from which a standard error can be told")
     if not arguments.tiny and not torch.cuda.is_available():
         raise SystemExit("bench.quality needs a CUDA GPU; --tiny tries it on a CPU")
     started, failed = time.perf_counter(), 0

@@ -1,6 +1,6 @@
 """Write README's tables from bench/results: ``python -m bench.readme``, or with ``--check`` only tell whether they agree.
 
-A table stands between ``<!-- bench: TABLE FILE -->`` and ``<!-- end -->``: a function of bench/tables.py and the file of bench/results that it
+A table stands between ``<!-- bench: TABLE FILE -->`` and ``<!-- end -->``: a name in bench/tables.py and the file of bench/results that it
 reads, without its ending. The text around is written by hand.
 """
 
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.tables import TABLES, Results
+from bench.result_files import Results
+from bench.tables import TABLES
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^<!-- bench: (?P<table>\S+) (?P<file>\S+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)

@@ -11,7 +11,7 @@ from test_bench_speech import run, talker, written  # noqa: F401
 
 import bench.quantized_attention as attention
 import qtts_compile.turboquant_cache
-from bench import free_running, models, quality, synthetic, tables, teacher
+from bench import free_running, models, quality, result_files, synthetic, tables, teacher
 from bench.engines import engine
 from bench.models import TINY_PROTECT
 from bench.peers import generated, hand_in
@@ -19,6 +19,7 @@ from bench.reads import cache_bytes
 from bench.registry import MODES, ROWS, Case, frame_job
 from bench.task import CHECKED_FRAMES, Task, WrongCodes, check, generate
 from bench.timing import figure
+from qtts_compile.engine import Engine
 from qtts_compile.kernels.turboquant.read import quantized_kv_read
 from qtts_compile.options import KV_CACHES
 from qtts_compile.turboquant_cache import Protect, TurboQuantKVCache
@@ -166,11 +167,35 @@ def test_the_verdict_says_which_limit_is_not_kept(kl, top1, told):
 
 
 def test_speeches_are_compared_up_to_where_they_part():
-    codes = torch.arange(2 * 5 * 3).reshape(2, 5, 3)
-    others = codes.clone()
-    others[0, 2:] += 1
-    compared = free_running.compare(([5, 3], codes), ([4, 5], others), cap=5)
+    first, second = torch.arange(2 * 5 * 3).reshape(2, 5, 3)
+    other = first[:4].clone()
+    other[2:] += 1
+    compared = free_running.compare([first, second[:3]], [other, second], cap=5)
+    assert compared.pop("ratio_error") == pytest.approx(((4 - 45 / 8) ** 2 + (5 - 27 / 8) ** 2) ** 0.5 / 2**0.5 / 4)
     assert compared == {"lengths": [4, 5], "duration_ratio": 9 / 8, "at_cap": 0.5, "frames_until_parted": 2.5}
+
+
+def test_the_error_of_a_ratio_is_that_of_its_pairs():
+    assert free_running.ratio_error([1, 2, 3], [2, 4, 6]) == 0
+    assert free_running.ratio_error([4, 8], [6, 6]) == pytest.approx(2 / 6)  # of a mean of 6 with a standard error of 2
+    apart = torch.empty(2, 200).geometric_(1 / 64, generator=torch.Generator().manual_seed(0)).tolist()
+    assert free_running.ratio_error(*apart) == pytest.approx((2 / 200) ** 0.5, rel=0.15)  # of independent lengths, each as spread as long
+    assert free_running.ratio_error([*apart[0][:100], *apart[1][100:]], apart[1]) < free_running.ratio_error(*apart)
+
+
+def test_seeds_speak_in_batches_of_which_the_last_may_be_smaller(talker, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(free_running, "TOGETHER", 2)
+    engine_of_talker = Engine(talker, max_seq_len=128)
+    codes = free_running.speak(engine_of_talker, range(5, 8), cap=6)
+    apart = [each for seeds in ([5, 6], [7]) for each in free_running.speak(engine_of_talker, seeds, cap=6)]
+    assert len(codes) == 3 and all(map(torch.equal, codes, apart)) and 0 < max(map(len, codes)) <= 6
+
+
+@pytest.mark.parametrize("seeds", ["0", "1", "-20"])
+def test_too_few_seeds_are_refused(seeds, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        quality.main(["--tiny", "--seeds", seeds])
+    assert f"--seeds {seeds}: give at least 2" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -179,7 +204,7 @@ def machine(monkeypatch, tmp_path):
     named = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-25"}
     for module in (attention, quality):
         monkeypatch.setattr(module, "describe", lambda: named)
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     return lambda name: tmp_path / f"{name}.json"
 
 
@@ -194,13 +219,15 @@ def test_quality_is_measured_on_the_embedded_model_and_shown(machine, capsys):
     assert of["nothing"]["bytes_more"] == 0 < of["sinks"]["bytes_more"] < of["window"]["bytes_more"] < of["layers"]["bytes_more"]
     assert of["default"]["kl"] < of["nothing"]["kl"] and of["default"]["apart"] < 1e-6
     assert "int4, limits KL 0.02 and top-1 95%: gaussian keys " in capsys.readouterr().out
-    shown = tables.TABLES["quality"](tables.Results("quality"))
+    shown = tables.TABLES["quality"](result_files.Results("quality"))
     assert f"| `int4` | default | {of['default']['of_dense']:.0%} | {of['default']['cosine']:.4f} " in shown
     file.write_text(file.read_text().replace('"part": "free"', '"part": "other"'))
-    assert "frames of bf16's" in shown and "frames of bf16's" not in tables.TABLES["quality"](tables.Results("quality"))
+    assert "never ended" in shown and "never ended" not in tables.TABLES["quality"](result_files.Results("quality"))
+    with pytest.raises(LookupError, match="quality.json has no rows of the part free"):
+        tables.TABLES["free-running"](result_files.Results("quality"))
     file.write_text(file.read_text().replace('"part": "model"', '"part": "other"'))
     with pytest.raises(LookupError, match="quality.json has no rows of the part model"):
-        tables.TABLES["quality"](tables.Results("quality"))
+        tables.TABLES["quality"](result_files.Results("quality"))
 
 
 def test_a_part_that_fails_does_not_end_the_others(monkeypatch, machine, capsys):
@@ -218,7 +245,7 @@ def test_attention_is_checked_timed_and_shown(machine, capsys):
     assert [row["bytes"] for row in rows] == [201 * 4096, 68 * 4096 + 133 * 1056, 68 * 4096 + 133 * 800]
     assert all(row["us"] > 0 and row["bf16_us"] == rows[0]["us"] for row in rows)
     assert "format batch position" in capsys.readouterr().out
-    shown = tables.TABLES["quantized-attention"](tables.Results("attention"))
+    shown = tables.TABLES["quantized-attention"](result_files.Results("attention"))
     assert f"| 1 | 200 | {rows[0]['us']:.2f} | {rows[1]['us']:.2f} ({rows[0]['us'] / rows[1]['us']:.2f}x) |" in shown
     with pytest.raises(SystemExit, match="2"):
         attention.main(["--tiny", "--positions", "60"])
@@ -237,7 +264,7 @@ def test_frames_over_each_cache_are_shown(machine):
     ]
     content = {"machine": attention.describe(), "command": "python -m bench.speech", "rows": rows}
     machine("caches").write_text(json.dumps(content))
-    lines = tables.TABLES["caches"](tables.Results("caches")).splitlines()
+    lines = tables.TABLES["caches"](result_files.Results("caches")).splitlines()
     assert lines[4:] == ["| 1.7B | `int4` | 1 | 8192 | 512 | 2.31 | 1.80 | 64 | 231 | 4.04 |"]
 
 
@@ -260,7 +287,7 @@ def test_wrong_attention_gets_no_time(wrong, monkeypatch, machine, capsys):
     said = capsys.readouterr()
     assert "int4, batch 1, position 200, {}: WRONG RESULT" in said.err and "failed" in said.out.splitlines()[-1]
     with pytest.raises(LookupError, match="attention.json, int4: a failed check"):
-        tables.TABLES["quantized-attention"](tables.Results("attention"))
+        tables.TABLES["quantized-attention"](result_files.Results("attention"))
 
 
 @pytest.mark.parametrize("name", KV_CACHES)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme, tables
+from bench import readme, result_files, tables
 from bench.breakdown import PARTS, Kernel, attribute, classify, parts
 from bench.plots import main as plot
 from bench.plots import rows_of
@@ -45,9 +45,9 @@ def test_readme_names_every_mode():
     ],
 )
 def test_a_changed_figure_changes_the_tables(name, change, shown, tmp_path, monkeypatch, capsys):
-    shutil.copytree(tables.RESULTS, tmp_path / "results")
+    shutil.copytree(result_files.RESULTS, tmp_path / "results")
     shutil.copy(readme.README, tmp_path / "README.md")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     assert readme.main(["--check"]) == 0
     file = tmp_path / "results" / f"{name}.json"
@@ -63,14 +63,14 @@ def test_a_changed_figure_changes_the_tables(name, change, shown, tmp_path, monk
 
 
 def test_a_row_that_failed_makes_no_table(tmp_path, monkeypatch):
-    shutil.copytree(tables.RESULTS, tmp_path / "results")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    shutil.copytree(result_files.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path / "results")
     file = tmp_path / "results" / "decode_step-1.7b-h200.json"
     content = json.loads(file.read_text())
     content["rows"][0]["ms"] = None  # as bench.decode_step writes where the cosine is too low
     file.write_text(json.dumps(content))
     with pytest.raises(LookupError, match="decode_step-1.7b-h200.json.*'eager'.*a failed check; measure it again"):
-        tables.decode_step(tables.Results("decode_step-1.7b-h200"))
+        tables.TABLES["decode-step"](result_files.Results("decode_step-1.7b-h200"))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
     others = {"of it torch.compile": figure(25.0, "s"), "allocated, text to waveform": figure(4.3, "GiB")}
     figures = of(load=4.0, first_call=30.0, first_audio=10.0, x_real_time=27.5)
     rows = [
-        {"job": "kernels rows 1", "row": "talker qkv, rows: 1", "figures": of(kernel=5.5, achieved=3.05) | moved},
+        {"job": "kernels rows 1", "row": "talker head, 0.6B, rows: 1", "figures": of(kernel=5.5, achieved=3.05) | moved},
         {"job": "frame hybrid 1.7b batch 8", "row": "compile", **named, "figures": of(compile=3.0)},
         {"job": "frame hybrid 1.7b batch 8", "row": "frames at positions 512 to 612", **named,
          "figures": of(frame=4.0, audio=160.0, floor=1.35, keys_and_values_read=520.0)},
@@ -106,15 +106,15 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
     ]  # fmt: skip
     machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
     (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "qtts bench --json x", "rows": rows}))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    lines = {name: tables.TABLES[name](tables.Results("suite")).splitlines() for name in ("kernels", "frame", "e2e")}
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    lines = {name: tables.TABLES[name](result_files.Results("suite")).splitlines() for name in ("kernels", "frame", "e2e")}
     assert {line[0] for line in lines.values()} == {"G, torch 2, triton 3, transformers 4, 2026-11-24: `qtts bench` (`bench/results/suite.json`)."}
-    assert lines["kernels"][4:] == ["| talker qkv, rows: 1 | 5.50 | 3.05 | 81% | 7.25 | |"]
+    assert lines["kernels"][4:] == ["| talker head, 0.6B | 1 | 5.50 | 3.05 | 81% | 7.25 | |"]
     assert lines["frame"][4:] == ["| `hybrid` | 1.7b | 8 | 512 | 4.00 | 160.00 | 1.35 | 520 |"]
     assert lines["e2e"][4:] == ["| `hybrid` | 1.7b | 4.0 | 30.0 | 25.0 | 10.0 | 27.5 | 4.3 |"]
     (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows[:1]}))
     with pytest.raises(LookupError, match="suite.json has no rows of `qtts bench frame`"):
-        tables.frame(tables.Results("suite"))
+        tables.TABLES["frame"](result_files.Results("suite"))
 
 
 def test_frames_name_their_own_cache_or_their_mode_s(tmp_path, monkeypatch):
@@ -125,13 +125,37 @@ def test_frames_name_their_own_cache_or_their_mode_s(tmp_path, monkeypatch):
     machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
     content = {"machine": machine, "command": "", "rows": [{**name, **row} for name in named for row in (place, memory)]}
     (tmp_path / "caches.json").write_text(json.dumps(content))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    lines = tables.caches(tables.Results("caches")).splitlines()[4:]
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    lines = tables.TABLES["caches"](result_files.Results("caches")).splitlines()[4:]
     assert [line.split(" | ")[1] for line in lines] == ["`bf16`", "`int4`", "`int3`"]
 
 
+def test_layers_are_shown_by_position_and_cache(tmp_path, monkeypatch):
+    timed = {("bf16", 64): [9.0, 8.0], ("bf16", 512): [9.0], ("int4", 64): [10.0], ("int4", 512): [7.5]}
+    rows = [{"stack": "talker", "kv_cache": name, "position": at, "us": us, "floor_us": 6.789} for (name, at), us in timed.items()]
+    rows.append({"stack": "predictor", "kv_cache": "bf16", "position": 8, "us": [3.0], "floor_us": 2.0})
+    machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
+    (tmp_path / "layers.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows}))
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    lines = tables.TABLES["layers"](result_files.Results("layers")).splitlines()
+    assert lines[4:] == ["| 64 | 8.00 | 10.00 (0.80x) |", "| 512 | 9.00 | 7.50 (1.20x) |", "", "A layer's weights can be read in 6.79 us."]
+
+
+def test_free_speech_is_shown_with_its_error(tmp_path, monkeypatch):
+    figures = {"lengths": [4, 5], "duration_ratio": 1.125, "ratio_error": 0.25, "at_cap": 0.5, "frames_until_parted": 2.5}
+    rows = [
+        {"part": "free", "format": "bf16", "protected": "", **figures, "duration_ratio": 1.0, "ratio_error": 0.0},
+        {"part": "free", "format": "fp8", "protected": "default", **figures},
+    ]
+    machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
+    (tmp_path / "free.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows}))
+    monkeypatch.setattr(result_files, "RESULTS", tmp_path)
+    lines = tables.TABLES["free-running"](result_files.Results("free")).splitlines()
+    assert lines[4:] == ["| `bf16` | 4.5 | 1.00 ± 0.00 | 50% | 2.5 |", "| `fp8` default | 4.5 | 1.12 ± 0.25 | 50% | 2.5 |"]
+
+
 def test_commands_are_shown_without_where_they_wrote():
-    assert tables.shown_command("python -m bench.speech --budget 5 --rows 'qtts' eager --json /root/x.json --repeats 3") == (
+    assert result_files.shown_command("python -m bench.speech --budget 5 --rows 'qtts' eager --json /root/x.json --repeats 3") == (
         "python -m bench.speech --rows qtts eager --repeats 3"
     )
 

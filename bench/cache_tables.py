@@ -1,0 +1,90 @@
+"""README's tables of quantised caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.registry import MODES
+from bench.result_files import Results, markdown
+
+
+def caches(results: Results) -> str:
+    """Frames over each kind of cache, what they read of it and what it takes."""
+    rows = []
+    for row in (row for row in results.rows if "ms_per_frame" in row and "cache" in row["figures"]):
+        figures = {label: figure["median"] for label, figure in row["figures"].items()}
+        place = [str(row["batch"]), str(row["slots"]), row["row"].split()[3]]
+        numbers = [f"{figures['frame']:.2f}", f"{figures['floor']:.2f}", f"{figures['keys and values read']:.0f}", f"{figures['cache']:.0f}"]
+        memory = f"{results.figure(row['job'], 'memory', 'allocated, frames'):.2f}"
+        kv_cache = row.get("kv_cache") or MODES[row["mode"]].arguments.get("kv_cache", "bf16")
+        rows.append([row["size"].upper(), f"`{kv_cache}`", *place, *numbers, memory])
+    titles = ["model", "cache", "texts", "slots", "position", "ms/frame", "floor, ms", "keys and values read, MB", "cache, MiB", "GiB allocated"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
+def quantized_attention(results: Results) -> str:
+    """Attention of a decode step over each kind of cache, and how many times as fast as over bfloat16."""
+    if failed := [row for row in results.rows if not row["us"]]:
+        raise LookupError(f"bench/results/{results.name}.json, {failed[0]['format']}: a failed check; measure it again, or take it out of README")
+    formats = list(dict.fromkeys(row["format"] for row in results.rows))
+    places: dict[tuple[int, int], dict[str, str]] = {}
+    for row in results.rows:
+        ratio = f" ({row['bf16_us'] / row['us']:.2f}x)" if row["bf16_us"] and row["format"] != "bf16" else ""
+        places.setdefault((row["batch"], row["position"]), {})[row["format"]] = f"{row['us']:.2f}{ratio}"
+    rows = [[str(batch), str(position), *(cells.get(name, "") for name in formats)] for (batch, position), cells in places.items()]
+    return f"{results.source}\n\n{markdown(['texts', 'position', *(f'{name}, us' for name in formats)], rows)}\n"
+
+
+def layers(results: Results) -> str:
+    """A talker's layer as it stands in a frame, by kind of cache and position, and how many times as fast as over bfloat16."""
+    us = {(row["kv_cache"], row["position"]): row["us"][-1] for row in results.rows if row["stack"] == "talker"}
+    formats, positions = (list(dict.fromkeys(each)) for each in zip(*us, strict=True))
+    floor = results.row(stack="talker", kv_cache=formats[0], position=positions[0])["floor_us"]
+
+    def cell(name: str, position: int) -> str:
+        ratio = "" if name == "bf16" or "bf16" not in formats else f" ({us['bf16', position] / us[name, position]:.2f}x)"
+        return f"{us[name, position]:.2f}{ratio}"
+
+    rows = [[str(position), *(cell(name, position) for name in formats)] for position in positions]
+    table = markdown(["position", *(f"{name}, us a layer" for name in formats)], rows)
+    return f"{results.source}\n\n{table}\n\nA layer's weights can be read in {floor:.2f} us.\n"
+
+
+def quality(results: Results) -> str:
+    """What each quantised cache does to a model that hears an unquantised trajectory, to random keys, and to speech that goes its own way."""
+    parts = {part: [row for row in results.rows if row["part"] == part] for part in ("model", "synthetic", "free")}
+    if missing := [part for part in ("model", "synthetic") if not parts[part]]:
+        raise LookupError(f"bench/results/{results.name}.json has no rows of the part {missing[0]}")
+    model = [
+        [f"`{row['format']}`", row["protected"], f"{row['of_dense']:.0%}", f"{row['cosine']:.4f} ({row['worst_cosine']:.4f})", f"{row['kl']:.5f}"]
+        + [f"{row['kl_p99']:.5f}", f"{row['top1']:.1%}", f"{row['eos_drift']:+.4f}", row["verdict"]]
+        for row in parts["model"]
+    ]
+    keys = [
+        [f"`{row['format']}`", row["keys"], f"{row['cosine']:.4f}", f"{row['kl']:.4f}"]
+        + [f"{row['top1']:.1%} ({row['top1_clear']:.1%})", row["verdict"]]
+        for row in parts["synthetic"]
+        if row["protected"] == "default"
+    ]
+    of_model = ["cache", "protected", "bytes of bf16's", "attention cosine (worst layer)", "mean KL", "p99 KL", "top-1", "end of speech", "limits"]
+    of_keys = ["cache", "keys", "attention cosine", "mean KL", "top-1 (without near ties)", "limits"]
+    free = [_free_running(parts["free"])] if parts["free"] else []
+    return "\n\n".join([results.source, markdown(of_model, model), markdown(of_keys, keys), *free]) + "\n"
+
+
+def free_running(results: Results) -> str:
+    """How long speech is that goes its own way over each cache."""
+    rows = [row for row in results.rows if row["part"] == "free"]
+    if not rows:
+        raise LookupError(f"bench/results/{results.name}.json has no rows of the part free")
+    return f"{results.source}\n\n{_free_running(rows)}\n"
+
+
+def _free_running(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        [" ".join((f"`{row['format']}`", row["protected"])).strip(), f"{sum(row['lengths']) / len(row['lengths']):.1f}"]
+        + [f"{row['duration_ratio']:.2f} ± {row['ratio_error']:.2f}", f"{row['at_cap']:.0%}", f"{row['frames_until_parted']:.1f}"]
+        for row in rows
+    ]
+    return markdown(["cache", "frames on average", "of bf16's (± standard error)", "never ended", "frames until the first other code"], cells)

@@ -1,0 +1,60 @@
+"""README's tables of kernels and of what is made of them."""
+
+from __future__ import annotations
+
+from bench.result_files import Results, markdown
+
+
+def decode_step(results: Results) -> str:
+    """A stack's step, and what each rewrite is worth in it; a rewrite that does not stand in the step is left out."""
+
+    def cells(label: str, variant: str, bold: bool = False) -> list[str]:
+        ms = [results.row(part=part, variant=variant)["ms"] for part in ("talker", "predictor")]
+        numbers = [f"{ms[0]:.{2 if ms[0] > 10 else 3}f}", f"{ms[1]:.3f}"]
+        return [label, *(f"**{number}**" if bold else number for number in numbers)]
+
+    best = "qtts reduce-overhead"
+    rows = [
+        cells("eager", "eager"),
+        cells('`backend="qtts"`', "qtts default"),
+        cells('`backend="inductor"`, reduce-overhead', "inductor reduce-overhead"),
+        cells('`backend="qtts"`, reduce-overhead', best, bold=True),
+    ]
+    whole = results.row(part="talker", variant=best)["kernels"]
+    for row in sorted((row for row in results.rows if row["part"] == "talker"), key=lambda row: -(row["ms"] or 0)):
+        if row["variant"].startswith(f"{best}, ") and row["kernels"] != whole:
+            rows.append(cells(f"... {row['variant'].removeprefix(f'{best}, ')}", row["variant"]))
+    return f"{results.source}\n\n{markdown(['ms', 'talker step', 'code predictor step'], rows)}\n"
+
+
+def linears(results: Results) -> str:
+    """The linear kernels of one row, as the package launches them on this GPU."""
+    rows = []
+    for row in (row for row in results.rows if row["rows"] == 1):
+        us = row["launches"][0]["us"]
+        achieved, share = f"{row['weight_bytes'] / us / 1e6:.2f}", f"{100 * row['floor_us'] / us:.0f}%"
+        rows.append([row["case"], f"{row['outputs']} x {row['width']}", f"{us:.2f}", achieved, share, f"{row['library_us']:.2f}"])
+    titles = ["kernel", "outputs x width", "us", "TB/s", "of the floor", "cuBLAS and a kernel for each other step, us"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
+def boundaries(results: Results) -> str:
+    """What a step costs that waits for all of the last, as a kernel and as a round of a persistent one."""
+    rows = [
+        [f"{row['programs']} of {row['warps']} warps", *(f"{row[name]:.2f}" for name in ("kernels_us", "pdl_us", "persistent_us"))]
+        for row in results.rows
+    ]
+    titles = ["programs", "a kernel each, us", "... launched early (PDL)", "a round of one persistent kernel"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
+def kernels(results: Results) -> str:
+    """Every kernel of ``qtts bench kernels``."""
+    rows = []
+    for row in results.told("kernels"):
+        figures = {label: f"{figure['median']:.2f}" for label, figure in row["figures"].items()}
+        share = f"{row['figures']['of the floor']['median']:.0f}%" if "of the floor" in figures else ""
+        numbers = [figures.get(label, "") for label in ("kernel", "achieved", "PyTorch's own", "Inductor")]
+        rows.append([*row["row"].split(", rows: "), *numbers[:2], share, *numbers[2:]])
+    titles = ["kernel and shape", "rows", "us", "TB/s", "of the floor", "PyTorch's own, us", "Inductor, us"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
