@@ -20,6 +20,7 @@ from qtts_compile.kernels.flash_decoding import (
     locate_rows,
     look_ahead,
     no_keys_yet,
+    request_tile,
     row_offset,
     store_rows,
 )
@@ -120,8 +121,13 @@ def _decode_attention_kernel(
         states = attend(states, q_rows, k, tl.where(is_attended(biases)[:, None], v, 0.0), biases)
     else:
         live_bits = look_ahead(0, tl.num_programs(1), Mask_ptr, mask_strides, place, S, (), GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+        is_live = (live_bits & 1) != 0
+        requested = request_tile(
+            tl.program_id(1), K_ptr, V_ptr, k_strides[2], v_strides[2], Mask_ptr, mask_strides, place, tl.where(is_live, S, 0),
+            GROUP, D, MASK_ROWS, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         states = attend_cache(
-            states, q_rows, live_bits, K_ptr, V_ptr, k_strides[2], v_strides[2], Mask_ptr, mask_strides, place, S, (),
+            states, q_rows, requested, is_live, live_bits, K_ptr, V_ptr, k_strides[2], v_strides[2], Mask_ptr, mask_strides, place, S, (),
             GROUP, D, MASK_ROWS, BLOCK_N, BLOCK_D, N_LOOKS, LOOK_AHEAD, FLOOR,
         )  # fmt: skip
     store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, tl.program_id(1), H_k, GROUP, D, BLOCK_M, BLOCK_D)

@@ -160,6 +160,53 @@ def live_tiles(attended):
 
 
 @triton.jit
+def lowest_bit(bits, NONE: tl.constexpr):
+    """Return the number of the lowest bit that is set in an int32 of at most 24 bits, the exponent of its value, or ``NONE``."""
+    return tl.where(bits != 0, ((bits & -bits).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, NONE)
+
+
+@triton.jit
+def pack(x):
+    """Return a tile ``[N, D]`` in words of 32 bits, as it was loaded: a loop that carries 16-bit values takes them apart."""
+    if x.dtype.primitive_bitwidth == 16:
+        low, high = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        return low.to(tl.uint16, bitcast=True).to(tl.uint32) | (high.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    else:
+        return x
+
+
+@triton.jit
+def unpack(x, DTYPE: tl.constexpr):
+    """Return the tile of :func:`pack`."""
+    if DTYPE.primitive_bitwidth == 16:
+        low, high = x.to(tl.uint16).to(DTYPE, bitcast=True), (x >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+        return tl.reshape(tl.join(low, high), [x.shape[0], 2 * x.shape[1]])
+    else:
+        return x
+
+
+@triton.jit
+def request_tile(
+    tile, K_ptr, V_ptr, k_stride_s, v_stride_s, Mask_ptr, mask_strides, place, S,
+    GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Request a tile of keys and values, packed, and what the mask says of it. None of it waits for the other.
+
+    What the mask excludes may hold anything, and so may what is beyond ``S``.
+    """
+    keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    k_pointers, v_pointers = K_ptr + keys[:, None] * k_stride_s + columns, V_ptr + keys[:, None] * v_stride_s + columns
+    in_bounds = (keys < S)[:, None]
+    if D == BLOCK_D:
+        k, v = tl.load(k_pointers, mask=in_bounds), tl.load(v_pointers, mask=in_bounds)
+    else:
+        in_bounds = in_bounds & (columns < D)
+        k, v = tl.load(k_pointers, mask=in_bounds, other=0.0), tl.load(v_pointers, mask=in_bounds, other=0.0)
+    return pack(k), pack(v), load_mask(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS)
+
+
+@triton.jit
 def look_ahead(
     look, n_splits, Mask_ptr, mask_strides, place, S, skipped,
     GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
@@ -173,31 +220,42 @@ def look_ahead(
 
 @triton.jit
 def attend_cache(
-    states, q_rows, live_bits, K_ptr, V_ptr, k_stride_s, v_stride_s, Mask_ptr, mask_strides, place, S, skipped,
+    states, q_rows, requested, is_requested, live_bits, K_ptr, V_ptr, k_stride_s, v_stride_s, Mask_ptr, mask_strides, place, S, skipped,
     GROUP: tl.constexpr, D: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     N_LOOKS: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
 ):  # fmt: skip
     """Add the tiles of keys ``split, split + n_splits, ...`` of one head to the states, but for the rows of the cache in ``skipped``.
 
-    ``live_bits`` is the first look ahead. Neighbouring tiles go to different splits, so that a short filled prefix of a long cache still spreads
-    over the whole GPU.
+    ``requested`` is the first of them from :func:`request_tile`, if it ``is_requested``, and ``live_bits`` the first look ahead. Neighbouring tiles
+    go to different splits, so that a short filled prefix of a long cache still spreads over the whole GPU.
     """
+    NONE: tl.constexpr = 2 * LOOK_AHEAD
+    split, n_splits = tl.program_id(1), tl.num_programs(1)
+    # Tiles are counted from this look's first. ``bits`` are those to request, of this look and the next; ``tile`` has been.
+    bits = tl.where(is_requested, live_bits & ~1, live_bits)
+    tile = tl.where(is_requested & ((live_bits & 1) != 0), 0, NONE)
     for look in range(N_LOOKS):
-        next_bits = 0
         if N_LOOKS > 1:
-            next_bits = look_ahead(
-                look + 1, tl.num_programs(1), Mask_ptr, mask_strides, place, S, skipped, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR
-            )
-        for i in range(LOOK_AHEAD):
-            if (live_bits >> i) & 1:
-                tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * tl.num_programs(1)
-                keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-                biases = load_biases(Mask_ptr, mask_strides, place, keys, is_old_key(keys, S, skipped), GROUP, MASK_ROWS, FLOOR)
-                readable = is_attended(biases)
-                k = load_tile(K_ptr, k_stride_s, keys, readable, D, BLOCK_D)
-                v = load_tile(V_ptr, v_stride_s, keys, readable, D, BLOCK_D)
+            next_bits = look_ahead(look + 1, n_splits, Mask_ptr, mask_strides, place, S, skipped, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
+            bits |= next_bits << LOOK_AHEAD
+        while tl.minimum(tile, lowest_bit(bits, NONE)) < LOOK_AHEAD:
+            following = requested  # the next tile is requested before a tile is computed
+            next_tile = lowest_bit(bits, NONE)
+            if next_tile < NONE:
+                following = request_tile(
+                    split + (look * LOOK_AHEAD + next_tile) * n_splits, K_ptr, V_ptr, k_stride_s, v_stride_s, Mask_ptr, mask_strides, place, S,
+                    GROUP, D, MASK_ROWS, BLOCK_N, BLOCK_D,
+                )  # fmt: skip
+            if tile < NONE:
+                keys = (split + (look * LOOK_AHEAD + tile) * n_splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+                biases = as_biases(requested[2], is_old_key(keys, S, skipped), MASK_ROWS, FLOOR)
+                k = unpack(requested[0], K_ptr.dtype.element_ty)
+                v = unpack(tl.where(is_attended(biases)[:, None], requested[1], 0), V_ptr.dtype.element_ty)
                 states = attend(states, q_rows, k, v, biases)
-        live_bits = next_bits
+            requested, tile = following, next_tile
+            bits &= bits - 1
+        tile = tl.where(tile < NONE, tile - LOOK_AHEAD, NONE)
+        bits >>= LOOK_AHEAD
     return states
 
 

@@ -15,7 +15,7 @@ from qtts_compile.kernels.pdl import has_pdl
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 16  # of one warp
 MAX_TILES_OF_ONE_SPLIT = 2
-MAX_LOOK_AHEAD = 8
+MAX_LOOK_AHEAD, MAX_ONLY_LOOK = 8, 16  # tiles of one of several looks ahead, and of a single one
 
 
 @functools.cache
@@ -34,6 +34,13 @@ def choose_splits(n_tiles: int, n_programs: int, device: torch.device, most: int
         return 1
     splits = max(1, min(n_tiles, most, PROGRAMS_PER_SM * _sm_count(device) // n_programs))
     return triton.cdiv(n_tiles, triton.cdiv(n_tiles, splits))  # fewer that take no more tiles each
+
+
+def plan_looks(tiles_per_split: int) -> tuple[int, int]:
+    """Return in how many looks ahead, at how many tiles each, a program sees which of its tiles are attended to."""
+    tiles = triton.next_power_of_2(tiles_per_split)
+    look_ahead = tiles if tiles <= MAX_ONLY_LOOK else MAX_LOOK_AHEAD
+    return tiles // look_ahead, look_ahead
 
 
 class Plan(NamedTuple):
@@ -66,11 +73,10 @@ def plan_launch(
     n_tiles = triton.cdiv(keys, block_n)
     n_programs = batch * k_heads * triton.cdiv(rows, block_m)
     n_splits = n_splits or choose_splits(n_tiles, n_programs, q.device, MAX_SPLITS - other_splits)
-    tiles_per_split = triton.cdiv(n_tiles, n_splits)
-    look_ahead = min(MAX_LOOK_AHEAD, triton.next_power_of_2(tiles_per_split))
+    n_looks, look_ahead = plan_looks(triton.cdiv(n_tiles, n_splits))
     options = dict(
         T=tokens, GROUP=q_heads // k_heads, D=width, MASK_ROWS=_mask_rows(mask, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        N_LOOKS=triton.next_power_of_2(triton.cdiv(tiles_per_split, look_ahead)), LOOK_AHEAD=look_ahead,
+        N_LOOKS=n_looks, LOOK_AHEAD=look_ahead,
         FLOOR=torch.finfo(mask.dtype).min if mask is not None and mask.dtype != torch.bool else 0.0,
         IS_ONE_TILE=n_tiles == n_splits == 1, HAS_PDL=has_pdl(q.device), launch_pdl=has_pdl(q.device),
         num_warps=num_warps or max(1, block_n * block_d // 2048),

@@ -22,6 +22,7 @@ from qtts_compile.kernels.flash_decoding import (
     locate_rows,
     look_ahead,
     no_keys_yet,
+    request_tile,
     row_offset,
     store_rows,
 )
@@ -142,6 +143,13 @@ def _qk_norm_rope_attention_kernel(
     if IS_ONE_TILE:
         biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
     else:
+        is_early = tl.program_id(1) * BLOCK_N < rows[0]  # before a new token, where tiles are seldom excluded
+        for t in tl.static_range(1, T):
+            is_early = is_early | (tl.program_id(1) * BLOCK_N < rows[t])
+        requested = request_tile(
+            tl.program_id(1), K_cache_ptr, V_cache_ptr, k_cache_strides[2], v_cache_strides[2], Mask_ptr, mask_strides, place,
+            tl.where(is_early, S, 0), GROUP, D, MASK_ROWS, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         live_bits = look_ahead(0, tl.num_programs(1), Mask_ptr, mask_strides, place, S, rows, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
 
     q_rows = ()
@@ -176,7 +184,8 @@ def _qk_norm_rope_attention_kernel(
         states = attend(states, q_rows, k_tile, tl.where(is_attended(old_biases)[:, None], v_tile, 0.0), old_biases)
     else:
         states = attend_cache(
-            states, q_rows, live_bits, K_cache_ptr, V_cache_ptr, k_cache_strides[2], v_cache_strides[2], Mask_ptr, mask_strides, place, S, rows,
+            states, q_rows, requested, is_early, live_bits,
+            K_cache_ptr, V_cache_ptr, k_cache_strides[2], v_cache_strides[2], Mask_ptr, mask_strides, place, S, rows,
             GROUP, D, MASK_ROWS, BLOCK_N, BLOCK_D, N_LOOKS, LOOK_AHEAD, FLOOR,
         )  # fmt: skip
     store_rows(states, Out_ptr, Max_ptr, Sum_ptr, place, tl.program_id(1), H_k, GROUP, D, BLOCK_M, BLOCK_D)

@@ -23,6 +23,7 @@ from qtts_compile.kernels.flash_decoding import (
     load_biases,
     load_mask,
     load_tile,
+    lowest_bit,
     no_keys_yet,
     row_offset,
 )
@@ -95,45 +96,33 @@ def attend_codes(
         q = tl.where((tl.arange(0, COLUMNS) == m)[:, None], in_key_order(q_rows[m], 1, D), q)
     q = tl.trans(_rounded(q, DTYPE))
     states = tl.full([COLUMNS], float("-inf"), tl.float32), tl.zeros([COLUMNS], tl.float32), tl.zeros([D, COLUMNS], tl.float32)
-    first = tl.where(is_loaded, 0, -1)  # from -1 on the first tile is the next one
+    # Tiles are counted from this look's first. ``bits`` are those to request, of this look and the next; ``tile`` has been.
+    NONE: tl.constexpr = 2 * LOOK_AHEAD
+    bits = tl.where(is_loaded, live_bits & ~1, live_bits)
+    tile = tl.where(is_loaded & ((live_bits & 1) != 0), 0, NONE)
     for look in range(N_LOOKS):
-        next_bits = 0
         if N_LOOKS > 1:
             next_bits = look_for_codes(
                 look + 1, n_splits, Mask_ptr, mask_strides, place, S, row, start, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR, SINKS, WINDOW
             )
-        for i in range(first, _tiles_to_last_live(live_bits, next_bits, LOOK_AHEAD)):
-            tile = tl.program_id(1) + (look * LOOK_AHEAD + i) * n_splits
+            bits |= next_bits << LOOK_AHEAD
+        while tl.minimum(tile, lowest_bit(bits, NONE)) < LOOK_AHEAD:
             following = loaded  # the next tile is requested before a tile is computed
-            if _is_live(i + 1, live_bits, next_bits, LOOK_AHEAD):
+            next_tile = lowest_bit(bits, NONE)
+            if next_tile < NONE:
                 following = load_codes(
-                    tile + n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr, k_stride, v_stride, scale_stride,
-                    Mask_ptr, mask_strides, place, S, GROUP, D, MASK_ROWS, BLOCK_N, K_BITS, V_BITS,
+                    tl.program_id(1) + (look * LOOK_AHEAD + next_tile) * n_splits, K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr,
+                    k_stride, v_stride, scale_stride, Mask_ptr, mask_strides, place, S, GROUP, D, MASK_ROWS, BLOCK_N, K_BITS, V_BITS,
                 )  # fmt: skip
-            if _is_live(i, live_bits, next_bits, LOOK_AHEAD):
-                keys = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+            if tile < NONE:
+                keys = (tl.program_id(1) + (look * LOOK_AHEAD + tile) * n_splits).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
                 biases = as_biases(loaded[4], _is_code(keys, S, row, start, SINKS, WINDOW), MASK_ROWS, FLOOR)
                 states = attend_tile(states, q, loaded, biases, K_BITS, V_BITS, DTYPE)
-            loaded = following
-        live_bits = next_bits
-        first = 0
+            loaded, tile = following, next_tile
+            bits &= bits - 1
+        tile = tl.where(tile < NONE, tile - LOOK_AHEAD, NONE)
+        bits >>= LOOK_AHEAD
     return states
-
-
-@triton.jit
-def _is_live(i, live_bits, next_bits, LOOK_AHEAD: tl.constexpr):
-    """Tell whether tile ``i`` of a look ahead is live: from -1, which is none, to the first of the next look."""
-    bits = tl.where(i < LOOK_AHEAD, live_bits >> tl.maximum(i, 0), next_bits)
-    return (i >= 0) & ((bits & 1) != 0)
-
-
-@triton.jit
-def _tiles_to_last_live(live_bits, next_bits, LOOK_AHEAD: tl.constexpr):
-    """Return the number of tiles of a look ahead up to the last live one: all of them if the first of the next look is live."""
-    n = 0
-    for i in tl.static_range(LOOK_AHEAD):
-        n += (live_bits >> i != 0).to(tl.int32)
-    return tl.where(next_bits & 1 != 0, LOOK_AHEAD, n)
 
 
 @triton.jit

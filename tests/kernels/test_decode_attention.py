@@ -6,7 +6,7 @@ from numerics import DTYPES, assert_accurate, dtypes, layouts, poisoned_memory, 
 
 from qtts_compile.kernels import flash_decoding_launch
 from qtts_compile.kernels.decode_attention import decode_attention, decode_attention_reference, decode_attention_triton
-from qtts_compile.kernels.flash_decoding_launch import choose_splits, plan_launch
+from qtts_compile.kernels.flash_decoding_launch import choose_splits, plan_launch, plan_looks
 
 MASKS = ["none", "bool", "additive", "lowest", "left_padded", "sliding_window", "per_head", "one_row_excluded"]
 
@@ -93,17 +93,17 @@ def test_long_cache(device, kind, n_splits):
 
 @pytest.mark.parametrize("excluded", [False, float("-inf"), "lowest"])
 @pytest.mark.parametrize("n_splits", [1, 4])
-def test_excluded_keys_are_not_read(device, excluded, n_splits):
+def test_what_the_mask_excludes_may_hold_anything(device, excluded, n_splits):
     k, v = (random_tensor(seed, (1, 2, 300, 64), torch.float32, device) for seed in (1, 2))
     q = random_tensor(0, (1, 4, 2, 64), torch.float32, device)
     mask = torch.ones(1, 1, 1, 300, dtype=torch.bool, device=device)
     mask[..., 100:] = False
-    expected = check(q, k, v, mask, n_splits)
-    k[:, :, 100:] = float("nan")
-    v[:, :, 100:] = float("nan")
     if excluded is not False:
         lowest = torch.finfo(torch.float32).min if excluded == "lowest" else excluded
         mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, lowest)
+    expected = check(q, k, v, mask, n_splits)
+    k[:, :, 100:] = float("nan")
+    v[:, :, 100:] = float("nan")
     assert torch.equal(decode_attention_triton(q, k, v, mask, 64**-0.5, n_splits), expected)
 
 
@@ -144,6 +144,11 @@ def test_splits_fill_the_gpu_and_no_more(monkeypatch):
     assert choose_splits(1000, 8, device) == 63  # of 16 tiles each, as of 64 the largest
     assert choose_splits(1000, 64, device) == 33
     assert choose_splits(1000, 10000, device) == 1
+
+
+@pytest.mark.parametrize(("tiles", "looks"), [(1, (1, 1)), (5, (1, 8)), (9, (1, 16)), (16, (1, 16)), (17, (4, 8)), (64, (8, 8))])
+def test_one_look_sees_more_tiles_than_one_of_several(tiles, looks):
+    assert plan_looks(tiles) == looks
 
 
 @pytest.mark.parametrize(("batch", "tokens", "block_m"), [(1, 1, 1), (1, 2, 2), (2, 1, 1), (8, 1, 2), (8, 2, 4)])

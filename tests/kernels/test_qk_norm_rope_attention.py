@@ -145,6 +145,9 @@ def test_what_the_mask_excludes_may_hold_anything(device, slots, excluded, n_spl
     arguments = make_arguments(0, 1, (4, 2), slots, position, (64, [], False), torch.float32, device)
     mask = torch.zeros(1, 1, 2, slots, dtype=torch.bool, device=device)
     mask[..., :live] = True
+    if excluded is not False:
+        lowest = torch.finfo(torch.float32).min if excluded == "lowest" else excluded
+        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, lowest)
     arguments[14] = mask
     expected = check(arguments, n_splits=n_splits)
     for cache in arguments[11:13]:
@@ -152,9 +155,6 @@ def test_what_the_mask_excludes_may_hold_anything(device, slots, excluded, n_spl
         cache[:, :, position] = float("nan")
     for new in arguments[1:3]:
         new[:, :, 1] = float("nan")
-    if excluded is not False:
-        lowest = torch.finfo(torch.float32).min if excluded == "lowest" else excluded
-        arguments[14] = torch.zeros(mask.shape, device=device).masked_fill(~mask, lowest)
     assert torch.equal(qk_norm_rope_attention_triton(*arguments, n_splits=n_splits), expected)
 
 
