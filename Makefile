@@ -1,6 +1,7 @@
 # make demo      set up .venv and run the demo: text in, speech file out, compiled and compared with eager
 # make test      the test suite on stack A (qwen-tts, transformers 4.57)
 # make test-hf5  the test suite on stack B (qwen-tts-hf, transformers 5)
+# make test-ptx  the tests of attention's kernels on what Triton compiles for a GPU, run on the CPU
 # make lint      ruff and pyright
 # make bench     measure everything on this machine's GPU, draw it: bench/results/suite.json and pictures beside it
 # make readme    write README's tables from bench/results
@@ -12,7 +13,7 @@ JOBS ?= $(shell nproc)
 BENCH_ARGS ?=
 RESULTS = bench/results
 
-.PHONY: demo test test-hf5 lint bench readme clean
+.PHONY: demo test test-hf5 test-ptx lint bench readme clean
 
 demo: .venv/.installed
 	.venv/bin/qtts demo
@@ -23,6 +24,10 @@ test: .venv/.installed
 
 test-hf5: .venv-hf5/.installed
 	.venv-hf5/bin/python -m pytest --timeout 900 --numprocesses $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+ATTENTION = test_decode_attention.py test_qk_norm_rope_attention.py turboquant/test_qk_norm_rope_quantized_attention.py
+test-ptx: .venv/.installed
+	.venv/bin/python -m pytest -p tests.ptx.plugin --numprocesses $(JOBS) $(ATTENTION:%=tests/kernels/%) $(PYTEST_ARGS)
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 
-class _Target:
+class Target:
     """What Triton asks of a driver in order to compile, without a GPU."""
 
     def __init__(self, capability: tuple[int, int]) -> None:
@@ -36,7 +36,7 @@ def compiling_only(capability: tuple[int, int], launch_module: Any, limit_s: int
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    triton.runtime.driver.set_active(cast(Any, _Target(capability)))
+    triton.runtime.driver.set_active(cast(Any, Target(capability)))
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(limit_s)
     try:

@@ -2,6 +2,7 @@
 
 ``pytest`` runs every kernel test on the CPU, in Triton's interpreter; ``pytest -m gpu`` runs the same tests compiled, on a CUDA device,
 and fails without one. The two never share a process, because Triton decides once, when a kernel is defined, whether to interpret it.
+``pytest -p tests.ptx.plugin`` runs on the CPU what Triton compiles for a GPU.
 """
 
 import gc
@@ -36,6 +37,8 @@ hypothesis.settings.load_profile("qtts")
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; run with -m gpu")
     config.option.markexpr = config.option.markexpr or "not gpu"
+    if config.pluginmanager.has_plugin("tests.ptx.plugin"):  # which runs what Triton compiles
+        return
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
         from interpreter import repair_interpreter  # pyright: ignore[reportMissingImports]

@@ -1,0 +1,44 @@
+"""The memory that a kernel may use: the tensors of its launch, and nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+
+
+class Memory:
+    """Global memory, at the addresses of tensors."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._buffers: dict[int, np.ndarray] = {}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                self._buffers[storage.data_ptr()] = np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(storage.data_ptr()))
+
+    def at(self, address: int, count: int, text: str) -> np.ndarray:
+        """Return ``count`` bytes.
+
+        Raises IndexError for what is in no tensor, and for an address that is not a multiple of ``count``; ``text`` says who asks.
+        """
+        if address % count:
+            raise IndexError(f"{text}: {address:#x} is not a multiple of {count} bytes")
+        for base, buffer in self._buffers.items():
+            if base <= address and address + count <= base + len(buffer):
+                return buffer[address - base : address - base + count]
+        raise IndexError(f"{text}: {count} bytes at {address:#x} are in no tensor of the launch")
+
+
+class Shared:
+    """Shared memory of a program, at first full of what a float reads as NaN."""
+
+    def __init__(self, count: int) -> None:
+        self._bytes = np.full(count, 0xFF, np.uint8)
+
+    def at(self, address: int, count: int, text: str) -> np.ndarray:
+        """Return ``count`` bytes. Raises IndexError as :meth:`Memory.at` does."""
+        if address % count or address + count > len(self._bytes):
+            raise IndexError(f"{text}: {count} bytes at {address:#x} of {len(self._bytes)} bytes of shared memory")
+        return self._bytes[address : address + count]
