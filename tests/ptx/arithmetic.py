@@ -29,7 +29,7 @@ def divide(a: Lanes, b: Lanes) -> Lanes:
 
 WHOLE: dict[str, Callable[..., Lanes]] = {  # modulo 2 to the power of their bits
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "mad": lambda a, b, c: a * b + c, "neg": np.negative, "abs": np.abs,
-    "max": np.maximum, "min": np.minimum, "div": divide, "rem": np.fmod,
+    "max": np.maximum, "min": np.minimum, "div": divide, "rem": np.fmod, "popc": np.bitwise_count,
 }  # fmt: skip
 REDUCTIONS: dict[str, Any] = {"max": np.max, "min": np.min, "add": np.sum, "and": np.bitwise_and.reduce, "or": np.bitwise_or.reduce}
 

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from tests.ptx import arithmetic, matrices
-from tests.ptx.memory import Memory, Shared
+from tests.ptx.memory import Memory, Scratch
 from tests.ptx.program import Instruction, Program
 from tests.ptx.registers import Bits, Lanes, as_bits, as_values, field, is_float, size
 
 SILENT = {"bar", "barrier", "fence", "membar", "griddepcontrol", "nanosleep"}  # no result, and warps are in step
 UNWRITTEN = 0x7FC01234  # NaN, in a register that was never written
 SHARED_BYTES = 232448
+LOCAL, LOCAL_BYTES = 1 << 60, 4096  # where local memory begins, and how much each lane has
 WIDE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
 Operand = Any  # a name or a tuple of names, which the operation knows
 
@@ -40,11 +41,13 @@ class Machine:
     """
 
     def __init__(self, program: Program, warps: int, parameters: dict[str, int], memory: Memory, place: dict[str, int]) -> None:
-        self._program, self._parameters, self._memory, self._shared = program, parameters, memory, Shared(SHARED_BYTES)
+        self._program, self._parameters, self._memory, self._shared = program, parameters, memory, Scratch(SHARED_BYTES)
         self._lanes = 32 * warps
         lane = np.arange(self._lanes, dtype=np.uint64)
         self._registers: dict[str, Bits] = {"%tid.x": lane, "%laneid": lane % np.uint64(32), "%tid.y": self._all(0), "%tid.z": self._all(0)}
         self._registers |= {name: self._all(value) for name, value in place.items()}
+        self._registers["__local_depot0"] = lane * np.uint64(LOCAL_BYTES) + np.uint64(LOCAL)
+        self._local = Scratch(LOCAL_BYTES * self._lanes, first=LOCAL)
 
     @np.errstate(all="ignore")
     def run(self) -> int:
@@ -90,6 +93,8 @@ class Machine:
 
     def _whole(self, op: tuple[str, ...], operands: tuple[Operand, ...], text: str) -> Bits:
         """Return what an instruction that computes with whole numbers gives."""
+        if op[0] not in arithmetic.WHOLE and op[0] not in ("shl", "shr"):
+            raise NotImplementedError(text)
         kind = WIDE[op[-1]] if "wide" in op else op[-1].replace("b", "u")
         values = [self._value(x, kind if i == 2 else op[-1]).astype(as_values(self._all(0), kind).dtype) for i, x in enumerate(operands[1:])]
         if op[0] in ("shl", "shr"):
@@ -97,7 +102,7 @@ class Machine:
         if op[:2] == ("mul", "hi"):
             product = values[0].astype(object) * values[1].astype(object)
             return as_bits((product >> 8 * size(kind)).astype(values[0].dtype), kind)
-        if op[0] not in arithmetic.WHOLE or "hi" in op:
+        if "hi" in op:
             raise NotImplementedError(text)
         return as_bits(arithmetic.WHOLE[op[0]](*values), kind)
 
@@ -169,8 +174,8 @@ class Machine:
         """Yield each active lane with the bytes of ``count`` elements at its address."""
         base, _, offset = address.strip("[] ").partition("+")
         addresses = self._bits(base.strip()).astype(np.int64) + int(offset or 0)
-        space = self._shared if op[1].startswith("shared") else self._memory
         for lane in np.flatnonzero(active):
+            space = self._shared if op[1].startswith("shared") else self._local if addresses[lane] >= LOCAL else self._memory
             yield lane, space.at(int(addresses[lane]), count * size(op[-1]), text)
 
     def _setp(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tests.ptx.memory import Shared
+from tests.ptx.memory import Scratch
 from tests.ptx.registers import Bits, Lanes, as_bits, as_values, field
 
 LANE = np.arange(32)
 ROW, PAIR = LANE // 4, LANE % 4 * 2  # of a lane in an 8 x 8 matrix, of which it has two neighbours
 
 
-def transfer(shared: Shared, addresses: Bits, registers: Sequence[Bits] | None, count: int, is_transposed: bool, text: str) -> list[Bits]:
+def transfer(shared: Scratch, addresses: Bits, registers: Sequence[Bits] | None, count: int, is_transposed: bool, text: str) -> list[Bits]:
     """Store a warp's 8 x 8 matrices of 16-bit elements, or load them where ``registers`` is None; lane 8 j + r has the address of row r of j."""
     loaded = [np.zeros(32, np.uint64) for _ in range(count)]
     for matrix in range(count):

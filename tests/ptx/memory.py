@@ -31,14 +31,15 @@ class Memory:
         raise IndexError(f"{text}: {count} bytes at {address:#x} are in no tensor of the launch")
 
 
-class Shared:
-    """Shared memory of a program, at first full of what a float reads as NaN."""
+class Scratch:
+    """Memory of a program's own, from the address ``first`` on, at first full of what a float reads as NaN."""
 
-    def __init__(self, count: int) -> None:
-        self._bytes = np.full(count, 0xFF, np.uint8)
+    def __init__(self, count: int, first: int = 0) -> None:
+        self._bytes, self._first = np.full(count, 0xFF, np.uint8), first
 
     def at(self, address: int, count: int, text: str) -> np.ndarray:
         """Return ``count`` bytes. Raises IndexError as :meth:`Memory.at` does."""
-        if address % count or address + count > len(self._bytes):
-            raise IndexError(f"{text}: {count} bytes at {address:#x} of {len(self._bytes)} bytes of shared memory")
-        return self._bytes[address : address + count]
+        at = address - self._first
+        if address % count or not 0 <= at <= len(self._bytes) - count:
+            raise IndexError(f"{text}: {count} bytes at {address:#x} are not in the {len(self._bytes)} bytes from {self._first:#x} on")
+        return self._bytes[at : at + count]
