@@ -207,6 +207,27 @@ def request_tile(
 
 
 @triton.jit
+def queue_tiles(live_bits, is_requested, NONE: tl.constexpr):
+    """Return the bits of the tiles to request, and which has been: the first if it ``is_requested`` and live, else ``NONE``.
+
+    Tiles are counted from a look's first, and the bits are those of this look and the next.
+    """
+    return tl.where(is_requested, live_bits & ~1, live_bits), tl.where(is_requested & ((live_bits & 1) != 0), 0, NONE)
+
+
+@triton.jit
+def is_queued(tile, bits, LOOK_AHEAD: tl.constexpr, NONE: tl.constexpr):
+    """Tell whether this look has a tile left, requested or to be."""
+    return tl.minimum(tile, lowest_bit(bits, NONE)) < LOOK_AHEAD
+
+
+@triton.jit
+def count_from_next_look(tile, bits, LOOK_AHEAD: tl.constexpr, NONE: tl.constexpr):
+    """Return ``tile`` and ``bits`` as they are counted from the next look's first tile."""
+    return tl.where(tile < NONE, tile - LOOK_AHEAD, NONE), bits >> LOOK_AHEAD
+
+
+@triton.jit
 def look_ahead(
     look, n_splits, Mask_ptr, mask_strides, place, S, skipped,
     GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, LOOK_AHEAD: tl.constexpr, FLOOR: tl.constexpr,
@@ -231,14 +252,12 @@ def attend_cache(
     """
     NONE: tl.constexpr = 2 * LOOK_AHEAD
     split, n_splits = tl.program_id(1), tl.num_programs(1)
-    # Tiles are counted from this look's first. ``bits`` are those to request, of this look and the next; ``tile`` has been.
-    bits = tl.where(is_requested, live_bits & ~1, live_bits)
-    tile = tl.where(is_requested & ((live_bits & 1) != 0), 0, NONE)
+    bits, tile = queue_tiles(live_bits, is_requested, NONE)
     for look in range(N_LOOKS):
         if N_LOOKS > 1:
             next_bits = look_ahead(look + 1, n_splits, Mask_ptr, mask_strides, place, S, skipped, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR)
             bits |= next_bits << LOOK_AHEAD
-        while tl.minimum(tile, lowest_bit(bits, NONE)) < LOOK_AHEAD:
+        while is_queued(tile, bits, LOOK_AHEAD, NONE):
             following = requested  # the next tile is requested before a tile is computed
             next_tile = lowest_bit(bits, NONE)
             if next_tile < NONE:
@@ -254,8 +273,7 @@ def attend_cache(
                 states = attend(states, q_rows, k, v, biases)
             requested, tile = following, next_tile
             bits &= bits - 1
-        tile = tl.where(tile < NONE, tile - LOOK_AHEAD, NONE)
-        bits >>= LOOK_AHEAD
+        tile, bits = count_from_next_look(tile, bits, LOOK_AHEAD, NONE)
     return states
 
 

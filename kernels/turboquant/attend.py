@@ -16,8 +16,10 @@ from qtts_compile.kernels.flash_decoding import (
     LOG2_E,
     as_biases,
     attend,
+    count_from_next_look,
     is_attended,
     is_old_key,
+    is_queued,
     keys_ahead,
     live_tiles,
     load_biases,
@@ -25,6 +27,7 @@ from qtts_compile.kernels.flash_decoding import (
     load_tile,
     lowest_bit,
     no_keys_yet,
+    queue_tiles,
     row_offset,
 )
 from qtts_compile.kernels.interpreted import IS_INTERPRETED
@@ -96,17 +99,15 @@ def attend_codes(
         q = tl.where((tl.arange(0, COLUMNS) == m)[:, None], in_key_order(q_rows[m], 1, D), q)
     q = tl.trans(_rounded(q, DTYPE))
     states = tl.full([COLUMNS], float("-inf"), tl.float32), tl.zeros([COLUMNS], tl.float32), tl.zeros([D, COLUMNS], tl.float32)
-    # Tiles are counted from this look's first. ``bits`` are those to request, of this look and the next; ``tile`` has been.
     NONE: tl.constexpr = 2 * LOOK_AHEAD
-    bits = tl.where(is_loaded, live_bits & ~1, live_bits)
-    tile = tl.where(is_loaded & ((live_bits & 1) != 0), 0, NONE)
+    bits, tile = queue_tiles(live_bits, is_loaded, NONE)
     for look in range(N_LOOKS):
         if N_LOOKS > 1:
             next_bits = look_for_codes(
                 look + 1, n_splits, Mask_ptr, mask_strides, place, S, row, start, GROUP, MASK_ROWS, BLOCK_N, LOOK_AHEAD, FLOOR, SINKS, WINDOW
             )
             bits |= next_bits << LOOK_AHEAD
-        while tl.minimum(tile, lowest_bit(bits, NONE)) < LOOK_AHEAD:
+        while is_queued(tile, bits, LOOK_AHEAD, NONE):
             following = loaded  # the next tile is requested before a tile is computed
             next_tile = lowest_bit(bits, NONE)
             if next_tile < NONE:
@@ -120,8 +121,7 @@ def attend_codes(
                 states = attend_tile(states, q, loaded, biases, K_BITS, V_BITS, DTYPE)
             loaded, tile = following, next_tile
             bits &= bits - 1
-        tile = tl.where(tile < NONE, tile - LOOK_AHEAD, NONE)
-        bits >>= LOOK_AHEAD
+        tile, bits = count_from_next_look(tile, bits, LOOK_AHEAD, NONE)
     return states
 
 

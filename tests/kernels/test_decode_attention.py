@@ -34,6 +34,14 @@ def make_mask(kind: str, seed: int, batch: int, heads: int, tokens: int, keys: i
     return values.to(device, dtype)
 
 
+def excluding(attend: torch.Tensor, excluded: float | str) -> torch.Tensor:
+    """Return the mask that attends where ``attend`` does: itself if what it excludes is False, else float32 with that or the "lowest" value."""
+    if excluded is False:
+        return attend
+    value = torch.finfo(torch.float32).min if excluded == "lowest" else float(excluded)
+    return torch.zeros(attend.shape, device=attend.device).masked_fill(~attend, value)
+
+
 def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Compute attention as models spell it, in the dtype of ``q``; rows without a key give zeros."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -98,9 +106,7 @@ def test_what_the_mask_excludes_may_hold_anything(device, excluded, n_splits):
     q = random_tensor(0, (1, 4, 2, 64), torch.float32, device)
     mask = torch.ones(1, 1, 1, 300, dtype=torch.bool, device=device)
     mask[..., 100:] = False
-    if excluded is not False:
-        lowest = torch.finfo(torch.float32).min if excluded == "lowest" else excluded
-        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, lowest)
+    mask = excluding(mask, excluded)
     expected = check(q, k, v, mask, n_splits)
     k[:, :, 100:] = float("nan")
     v[:, :, 100:] = float("nan")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, seeds
-from test_decode_attention import MASKS, make_mask, softmax_attention
+from test_decode_attention import MASKS, excluding, make_mask, softmax_attention
 from test_qk_norm_rope_kv_write import oracle, variants
 
 from qtts_compile.kernels.decode_attention import decode_attention_triton
@@ -145,10 +145,7 @@ def test_what_the_mask_excludes_may_hold_anything(device, slots, excluded, n_spl
     arguments = make_arguments(0, 1, (4, 2), slots, position, (64, [], False), torch.float32, device)
     mask = torch.zeros(1, 1, 2, slots, dtype=torch.bool, device=device)
     mask[..., :live] = True
-    if excluded is not False:
-        lowest = torch.finfo(torch.float32).min if excluded == "lowest" else excluded
-        mask = torch.zeros(mask.shape, device=device).masked_fill(~mask, lowest)
-    arguments[14] = mask
+    arguments[14] = excluding(mask, excluded)
     expected = check(arguments, n_splits=n_splits)
     for cache in arguments[11:13]:
         cache[:, :, live:] = float("nan")

@@ -126,6 +126,13 @@ class Machine:
             return self._all(operand == "true")
         return self._all(int(operand.rstrip("U"), 0)) if re.match(r"-?\d", operand) else self._all(0)  # the address of shared memory or of a text
 
+    def _addresses(self, operand: Operand) -> Lanes:
+        base, _, offset = operand.strip("[] ").partition("+")
+        return self._bits(base.strip()).astype(np.int64) + int(offset or 0)
+
+    def _warps(self) -> list[slice]:
+        return [slice(first, first + 32) for first in range(0, self._lanes, 32)]
+
     def _value(self, operand: Operand, kind: str) -> Lanes:
         return as_values(self._bits(operand), kind)
 
@@ -172,8 +179,7 @@ class Machine:
 
     def _cells(self, op: tuple[str, ...], address: Operand, count: int, active: Lanes, text: str):
         """Yield each active lane with the bytes of ``count`` elements at its address."""
-        base, _, offset = address.strip("[] ").partition("+")
-        addresses = self._bits(base.strip()).astype(np.int64) + int(offset or 0)
+        addresses = self._addresses(address)
         for lane in np.flatnonzero(active):
             space = self._shared if op[1].startswith("shared") else self._local if addresses[lane] >= LOCAL else self._memory
             yield lane, space.at(int(addresses[lane]), count * size(op[-1]), text)
@@ -234,14 +240,12 @@ class Machine:
         is_load = op[0] == "ldmatrix"
         names, address = operands if is_load else operands[::-1]
         names = names if isinstance(names, tuple) else (names,)
-        base, _, offset = address.strip("[] ").partition("+")
-        addresses = self._bits(base.strip()) + np.uint64(int(offset or 0))
-        warps = [slice(first, first + 32) for first in range(0, self._lanes, 32)]
+        addresses = self._addresses(address)
         found = [
             matrices.transfer(
                 self._shared, addresses[warp], None if is_load else [self._bits(name)[warp] for name in names], len(names), "trans" in op, text
             )
-            for warp in warps
+            for warp in self._warps()
         ]
         for i, name in enumerate(names if is_load else ()):
             self._assign(name, np.concatenate([each[i] for each in found]), active)
@@ -251,8 +255,7 @@ class Machine:
     def _mma(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:
         if "m16n8k16" not in op or op[-4] != "f32":
             raise NotImplementedError(text)
-        warps = [slice(first, first + 32) for first in range(0, self._lanes, 32)]
-        factors = [[[self._bits(name)[warp] for name in factor] for factor in operands[1:]] for warp in warps]
+        factors = [[[self._bits(name)[warp] for name in factor] for factor in operands[1:]] for warp in self._warps()]
         results = [matrices.multiply(a, b, c, op[-2]) for a, b, c in factors]
         for i, name in enumerate(operands[0]):
             self._assign(name, np.concatenate([each[i] for each in results]), active)

@@ -13,7 +13,7 @@ LANE = np.arange(32)
 ROW, PAIR = LANE // 4, LANE % 4 * 2  # of a lane in an 8 x 8 matrix, of which it has two neighbours
 
 
-def transfer(shared: Scratch, addresses: Bits, registers: Sequence[Bits] | None, count: int, is_transposed: bool, text: str) -> list[Bits]:
+def transfer(shared: Scratch, addresses: Lanes, registers: Sequence[Bits] | None, count: int, is_transposed: bool, text: str) -> list[Bits]:
     """Store a warp's 8 x 8 matrices of 16-bit elements, or load them where ``registers`` is None; lane 8 j + r has the address of row r of j."""
     loaded = [np.zeros(32, np.uint64) for _ in range(count)]
     for matrix in range(count):

@@ -43,15 +43,12 @@ def simulate(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> N
     """Run a compiled kernel for every place of a grid."""
     tensors: list[torch.Tensor] = []
     bits = [_as_bits(value, kind, tensors) for name, kind in kernel.src.signature.items() for value, kind in _flat(arguments.get(name), kind)]
-    parameters = {
-        f"{kernel.metadata.name}_param_{i}": value for i, value in enumerate([*bits, 0, 0])
-    }  # the last are scratch memory, of which none is used
+    with_scratch = [*bits, 0, 0]  # of which no kernel here has any
+    parameters = {f"{kernel.metadata.name}_param_{i}": value for i, value in enumerate(with_scratch)}
     program, memory = parse(kernel.asm["ptx"]), Memory(tensors)
     whole = (*grid, 1, 1)[:3]
     for place in itertools.product(*(range(count) for count in whole)):
-        names = {f"%ctaid.{axis}": at for axis, at in zip("xyz", place, strict=True)} | {
-            f"%nctaid.{axis}": n for axis, n in zip("xyz", whole, strict=True)
-        }
+        names = {f"%{kind}.{axis}": at[i] for kind, at in (("ctaid", place), ("nctaid", whole)) for i, axis in enumerate("xyz")}
         Machine(program, kernel.metadata.num_warps, parameters, memory, names).run()
 
 

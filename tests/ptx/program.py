@@ -52,9 +52,7 @@ def parse(ptx: str) -> Program:
 
 def _instruction(text: str) -> Instruction:
     guard = re.match(r"^@(!?)(\S+)\s+(.*)$", text)
-    op, _, operands = (guard[3] if guard else text).partition(" ")
-    if "\t" in op:
-        op, _, operands = (guard[3] if guard else text).partition("\t")
-    split = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*", operands)
+    op, *rest = (guard[3] if guard else text).split(maxsplit=1)
+    split = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*", rest[0] if rest else "")
     parsed = tuple(tuple(part.strip() for part in one[1:-1].split(",")) if one.startswith("{") else one.strip() for one in split)
     return Instruction((guard[2], bool(guard[1])) if guard else None, tuple(op.split(".")), parsed, text)
