@@ -11,6 +11,7 @@ from qtts_compile.kernels.checks import check_like, check_shape
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rms_norm import check_rms_norm, rms_norm_reference, rms_scale
 from qtts_compile.kernels.rows import as_rows, row_blocks, row_offset
+from qtts_compile.kernels.sizes import cdiv
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +71,7 @@ def add_rms_norm_triton(x: torch.Tensor, residual: torch.Tensor, weight: torch.T
     x_rows, x_layout = as_rows(x)
     residual_rows, residual_layout = as_rows(residual)
     block_r, block_d, num_warps = row_blocks(n_rows, width)
-    _add_rms_norm_kernel[(triton.cdiv(n_rows, block_r),)](
+    _add_rms_norm_kernel[(cdiv(n_rows, block_r),)](
         x_rows, residual_rows, weight.contiguous(), y, total, n_rows, width, eps, *x_layout, *residual_layout,
         BLOCK_R=block_r, BLOCK_D=block_d, num_warps=num_warps,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from qtts_compile.kernels.gemv import MAX_ROWS, check_vector, check_weight, mult
 from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
+from qtts_compile.kernels.sizes import cdiv
 
 
 def embedding_linear(tokens: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -82,7 +83,7 @@ def embedding_linear_triton(
     given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
     run = lambda weights, launch: embedding_linear_triton(tokens, table, *weights, bias, *launch)  # noqa: E731
     options = launch_options("embedding_linear", rows, [weight], outputs, run, **given)
-    _embedding_linear_kernel[(triton.cdiv(outputs, options["BLOCK_N"]),)](
+    _embedding_linear_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         tokens.contiguous(), table, weight, bias, y, rows, outputs, table.shape[0], table.stride(0), weight.stride(0),
         **options, debug=True, sanitize_overflow=False,
     )  # fmt: skip

@@ -7,10 +7,10 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from qtts_compile.kernels.flash_decoding import combine_kernel
 from qtts_compile.kernels.pdl import has_pdl
+from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 16  # of one warp
@@ -23,22 +23,22 @@ def _sm_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def have_room(programs: int, device: torch.device, per_sm: int = PROGRAMS_PER_SM) -> bool:
+def have_room(programs: int, device: torch.device, per_sm: int) -> bool:
     """Tell whether so many programs have room on a GPU at once."""
     return programs <= per_sm * _sm_count(device)
 
 
-def choose_splits(n_tiles: int, n_programs: int, device: torch.device, most: int = MAX_SPLITS) -> int:
+def choose_splits(n_tiles: int, n_programs: int, sm_count: int, most: int = MAX_SPLITS) -> int:
     """Choose how many programs share the tiles of one key head: enough to fill the GPU, one if a second launch would not pay."""
     if n_tiles <= MAX_TILES_OF_ONE_SPLIT:
         return 1
-    splits = max(1, min(n_tiles, most, PROGRAMS_PER_SM * _sm_count(device) // n_programs))
-    return triton.cdiv(n_tiles, triton.cdiv(n_tiles, splits))  # fewer that take no more tiles each
+    splits = max(1, min(n_tiles, most, PROGRAMS_PER_SM * sm_count // n_programs))
+    return cdiv(n_tiles, cdiv(n_tiles, splits))  # fewer that take no more tiles each
 
 
 def plan_looks(tiles_per_split: int) -> tuple[int, int]:
     """Return in how many looks ahead, at how many tiles each, a program sees which of its tiles are attended to."""
-    tiles = triton.next_power_of_2(tiles_per_split)
+    tiles = next_power_of_2(tiles_per_split)
     look_ahead = tiles if tiles <= MAX_ONLY_LOOK else MAX_LOOK_AHEAD
     return tiles // look_ahead, look_ahead
 
@@ -48,6 +48,27 @@ class Plan(NamedTuple):
 
     grid: tuple[int, int]
     options: dict[str, Any]
+
+
+class _Mask(NamedTuple):
+    """What a plan depends on of an expanded mask: its dtype, and whether its rows differ between heads and between tokens."""
+
+    dtype: torch.dtype
+    differs: tuple[bool, bool]
+
+    @staticmethod
+    def of(mask: torch.Tensor | None) -> "_Mask | None":
+        if mask is None:
+            return None
+        of_heads, of_tokens = (size > 1 and stride != 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3]))
+        return _Mask(mask.dtype, (of_heads, of_tokens))
+
+    def rows(self, tokens: int, block_m: int) -> int:
+        """Count the different rows among ``block_m`` rows of queries, in which ``tokens`` take turns."""
+        of_heads, of_tokens = self.differs
+        if not (of_heads or of_tokens):
+            return 1
+        return tokens if not of_heads and block_m % tokens == 0 else block_m
 
 
 def plan_launch(
@@ -64,45 +85,44 @@ def plan_launch(
     and both and 2.7 us with two warps; a cache of 2048 slots at position 512 takes 6.3 us by 64 splits of one warp, 16 keys and one head, 6.6 us with
     both heads, and 10.6 us by as many splits of four warps and 32 keys.
     """
-    batch, q_heads, tokens, width = q.shape
-    k_heads, keys = cache.shape[1:3]
+    sizes = (*q.shape, *cache.shape[1:3])
+    grid, options = _plan(sizes, _Mask.of(mask), n_splits, block_n, num_warps, block_m, other_splits, _sm_count(q.device))
+    pdl = has_pdl(q.device)
+    return Plan(grid, {**options, "HAS_PDL": pdl, "launch_pdl": pdl})
+
+
+@functools.lru_cache(maxsize=256)  # where no CUDA graph launches, the host does, hundreds of kernels a frame
+def _plan(
+    sizes: tuple[int, ...], mask: _Mask | None,
+    n_splits: int | None, block_n: int | None, num_warps: int | None, block_m: int | None, other_splits: int, sm_count: int,
+) -> Plan:  # fmt: skip
+    batch, q_heads, tokens, width, k_heads, keys = sizes
     rows = q_heads // k_heads * tokens
-    block_d = triton.next_power_of_2(width)
-    block_m = block_m or _choose_rows(tokens, rows, batch * k_heads, q.device)
-    block_n = block_n or max(16, min(32, 2048 // block_d, triton.next_power_of_2(keys)))
-    n_tiles = triton.cdiv(keys, block_n)
-    n_programs = batch * k_heads * triton.cdiv(rows, block_m)
-    n_splits = n_splits or choose_splits(n_tiles, n_programs, q.device, MAX_SPLITS - other_splits)
-    n_looks, look_ahead = plan_looks(triton.cdiv(n_tiles, n_splits))
+    block_d = next_power_of_2(width)
+    block_m = block_m or _choose_rows(tokens, rows, batch * k_heads, sm_count)
+    block_n = block_n or max(16, min(32, 2048 // block_d, next_power_of_2(keys)))
+    n_tiles = cdiv(keys, block_n)
+    n_programs = batch * k_heads * cdiv(rows, block_m)
+    n_splits = n_splits or choose_splits(n_tiles, n_programs, sm_count, MAX_SPLITS - other_splits)
+    n_looks, look_ahead = plan_looks(cdiv(n_tiles, n_splits))
     options = dict(
-        T=tokens, GROUP=q_heads // k_heads, D=width, MASK_ROWS=_mask_rows(mask, block_m), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        N_LOOKS=n_looks, LOOK_AHEAD=look_ahead,
+        T=tokens, GROUP=q_heads // k_heads, D=width, MASK_ROWS=1 if mask is None else mask.rows(tokens, block_m),
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, N_LOOKS=n_looks, LOOK_AHEAD=look_ahead,
         FLOOR=torch.finfo(mask.dtype).min if mask is not None and mask.dtype != torch.bool else 0.0,
-        IS_ONE_TILE=n_tiles == n_splits == 1, HAS_PDL=has_pdl(q.device), launch_pdl=has_pdl(q.device),
-        num_warps=num_warps or max(1, block_n * block_d // 2048),
+        IS_ONE_TILE=n_tiles == n_splits == 1, num_warps=num_warps or max(1, block_n * block_d // 2048),
     )  # fmt: skip
     return Plan((n_programs, n_splits), options)
 
 
-def _choose_rows(tokens: int, rows: int, heads: int, device: torch.device) -> int:
+def _choose_rows(tokens: int, rows: int, heads: int, sm_count: int) -> int:
     """Choose how many of the ``rows`` of queries of each of ``heads`` key heads a program serves."""
-    whole, own = min(4, triton.next_power_of_2(rows)), triton.next_power_of_2(tokens)
-    return own if own < whole and have_room(heads * triton.cdiv(rows, own) * MAX_SPLITS, device) else whole
+    whole, own = min(4, next_power_of_2(rows)), next_power_of_2(tokens)
+    return own if own < whole and heads * cdiv(rows, own) * MAX_SPLITS <= PROGRAMS_PER_SM * sm_count else whole
 
 
 def expand_mask(mask: torch.Tensor | None, q: torch.Tensor, keys: int) -> torch.Tensor | None:
     """Return a mask of full shape for the kernels, which know no float64."""
     return None if mask is None else (mask.float() if mask.dtype == torch.float64 else mask).expand(*q.shape[:3], keys)
-
-
-def _mask_rows(mask: torch.Tensor | None, block_m: int) -> int:
-    """Count the different rows of an expanded mask among ``block_m`` rows of queries, in which tokens take turns."""
-    if mask is None:
-        return 1
-    of_heads, of_tokens = (size == 1 or stride == 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3]))
-    if of_heads and of_tokens:
-        return 1
-    return mask.shape[2] if of_heads and block_m % mask.shape[2] == 0 else block_m
 
 
 def mask_strides(mask: torch.Tensor | None) -> tuple[int, ...]:
@@ -131,7 +151,7 @@ class Partials(NamedTuple):
         if self.max is not None:
             n_splits, n_rows, width = self.out.shape
             combine_kernel[(n_rows,)](
-                *self, out, n_rows, n_splits, D=width, BLOCK_S=triton.next_power_of_2(n_splits), BLOCK_D=triton.next_power_of_2(width),
+                *self, out, n_rows, n_splits, D=width, BLOCK_S=next_power_of_2(n_splits), BLOCK_D=next_power_of_2(width),
                 HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=4,
             )  # fmt: skip
         return out

@@ -1,14 +1,15 @@
 """How the kernels that multiply a few rows with weight matrices are launched."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
 
 from qtts_compile.kernels.launch_search import can_search, search
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.pdl import has_pdl
+from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 MAX_MULTIPLIED_ROWS = 2  # in half precision more rows go to the tensor cores, whose tiles have at least 8
 BYTES_IN_FLIGHT = 256  # of weights for each thread, in 64 registers
@@ -28,23 +29,27 @@ def launch_options(
     overridden = {name: value for name, value in given.items() if value is not None}
     launch = None
     if not overridden:
-        shape = Shape(op, dtype.itemsize, outputs, width, triton.next_power_of_2(rows))
+        shape = Shape(op, dtype.itemsize, outputs, width, next_power_of_2(rows))
         launch = lookup(shape, device)
         if launch is None and outputs * matrices * width * dtype.itemsize >= MIN_SEARCHED_BYTES and can_search(device):
             launch = search(shape, candidates(rows, outputs, width, dtype, matrices), weights, run)
     launch = (launch or choose_launch(rows, outputs, width, dtype, matrices))._replace(**overridden)
+    pdl = has_pdl(device)
+    return {**_constants(launch, width, matrices, dtype.itemsize), "HAS_PDL": pdl, "launch_pdl": pdl}
+
+
+@functools.cache
+def _constants(launch: Launch, width: int, matrices: int, itemsize: int) -> dict[str, Any]:
     tile = launch.block_n * matrices * launch.block_k
-    in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * dtype.itemsize)
+    in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * itemsize)
     return dict(
         K=width,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
-        IN_FLIGHT=max(1, min(in_flight, triton.cdiv(width, launch.block_k))),
+        IN_FLIGHT=max(1, min(in_flight, cdiv(width, launch.block_k))),
         SPLITS=max(1, min(launch.num_warps, launch.block_k // 16)),
-        HAS_PDL=has_pdl(device),
         num_warps=launch.num_warps,
-        launch_pdl=has_pdl(device),
     )
 
 
@@ -53,8 +58,8 @@ def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matri
 
     For 1 or 2 rows: about 16 KiB of weights a program, but at least 400 programs, three for each multiprocessor of an H200.
     """
-    block_m = triton.next_power_of_2(rows)
-    whole_row = triton.next_power_of_2(width)
+    block_m = next_power_of_2(rows)
+    whole_row = next_power_of_2(width)
     is_half = dtype.itemsize == 2
     if is_half and rows > MAX_MULTIPLIED_ROWS:
         return Launch(max(8, block_m), 16 // matrices, max(16, min(1024, whole_row)), 8 if rows > 8 and width > 1024 else 4)
@@ -68,8 +73,8 @@ def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matri
 def candidates(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> list[Launch]:
     """Return what a search tries, the rule's choice first: a thread reads 16 bytes of a row at a time."""
     launches = [choose_launch(rows, outputs, width, dtype, matrices)]
-    block_m = triton.next_power_of_2(rows)
-    whole_row, lane = triton.next_power_of_2(width), 16 // dtype.itemsize
+    block_m = next_power_of_2(rows)
+    whole_row, lane = next_power_of_2(width), 16 // dtype.itemsize
     if rows <= 4 or dtype.itemsize > 2:
         for num_warps in (1, 2, 4, 8):
             for block_n in (2, 4, 8, 16):

@@ -10,6 +10,7 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_like, check_rank, check_shape
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rows import with_unit_stride
+from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 
 def kv_write(cache: torch.Tensor, src: torch.Tensor, position: torch.Tensor) -> None:
@@ -83,9 +84,9 @@ def kv_write_triton(cache: torch.Tensor, src: torch.Tensor, position: torch.Tens
         return
     src = with_unit_stride(src)
     batch, heads, tokens, width = src.shape
-    block_d = triton.next_power_of_2(width)
-    block_h = max(1, min(1024 // block_d, triton.next_power_of_2(heads)))
-    _kv_write_kernel[(batch * tokens, triton.cdiv(heads, block_h))](
+    block_d = next_power_of_2(width)
+    block_h = max(1, min(1024 // block_d, next_power_of_2(heads)))
+    _kv_write_kernel[(batch * tokens, cdiv(heads, block_h))](
         cache, src, position, tokens, heads, cache.shape[2], position.stride(0), *cache.stride()[:3], *src.stride()[:3],
         D=width, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=4, debug=True, sanitize_overflow=False,
     )  # fmt: skip

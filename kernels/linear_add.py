@@ -19,6 +19,7 @@ from qtts_compile.kernels.gemv import (
 from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
+from qtts_compile.kernels.sizes import cdiv
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
@@ -85,7 +86,7 @@ def linear_add_triton(
     given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
     run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, *launch)  # noqa: E731
     options = launch_options("linear_add", x.shape[0], [weight], outputs, run, **given)
-    _linear_add_kernel[(triton.cdiv(outputs, options["BLOCK_N"]),)](
+    _linear_add_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         x, weight, bias, residual, y, x.shape[0], outputs, x.stride(0), weight.stride(0), residual.stride(0),
         **options,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
+from qtts_compile.kernels.sizes import cdiv
 
 MAX_WEIGHTS = 3
 
@@ -113,7 +114,7 @@ def norm_linears_triton(
     given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
     run = lambda weights, launch: norm_linears_triton(x, norm_weight, weights, biases, eps, *launch)  # noqa: E731
     options = launch_options("norm_linears", x.shape[0], weights, sum(sizes), run, **given)
-    _norm_linears_kernel[(sum(triton.cdiv(size, options["BLOCK_N"]) for size in sizes),)](
+    _norm_linears_kernel[(sum(cdiv(size, options["BLOCK_N"]) for size in sizes),)](
         x, norm_weight, tuple(weights), tuple(biases), tuple(ys), x.shape[0], tuple(sizes), x.stride(0),
         tuple(weight.stride(0) for weight in weights), eps, **options,
     )  # fmt: skip

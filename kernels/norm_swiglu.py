@@ -21,6 +21,7 @@ from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
+from qtts_compile.kernels.sizes import cdiv
 from qtts_compile.kernels.swiglu import swiglu_reference
 
 
@@ -94,7 +95,7 @@ def norm_swiglu_triton(
     run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, *launch)  # noqa: E731
     options = launch_options("norm_swiglu", x.shape[0], weights, outputs, run, **given)
     options["IS_ALIGNED"] = all(weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.itemsize % 16 == 0 for weight in weights)
-    _norm_swiglu_kernel[(triton.cdiv(outputs, options["BLOCK_N"]),)](
+    _norm_swiglu_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         x, norm_weight, gate_weight, up_weight, y, x.shape[0], outputs, x.stride(0), gate_weight.stride(0), up_weight.stride(0), eps, **options
     )  # fmt: skip
     return y

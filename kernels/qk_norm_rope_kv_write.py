@@ -14,6 +14,7 @@ from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, check_rotary, empty_rotated, head_blocks, load_angles, rotary_reference, rotate
 from qtts_compile.kernels.rows import with_unit_stride
+from qtts_compile.kernels.sizes import cdiv
 
 
 def qk_norm_rope_kv_write(
@@ -166,7 +167,7 @@ def qk_norm_rope_kv_write_triton(
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     angles = as_angles(cos, sin, sections, interleaved)
     block_h, block_f = head_blocks(max(q_heads, k_heads), width)
-    grid = (batch * tokens, triton.cdiv(q_heads, block_h) + triton.cdiv(k_heads, block_h))
+    grid = (batch * tokens, cdiv(q_heads, block_h) + cdiv(k_heads, block_h))
     _qk_norm_rope_kv_write_kernel[grid](
         q, k, v, None if q_weight is None else q_weight.contiguous(), None if k_weight is None else k_weight.contiguous(),
         angles.cos, angles.sin, out, k_cache, v_cache, position,

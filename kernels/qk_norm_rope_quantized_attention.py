@@ -32,6 +32,7 @@ from qtts_compile.kernels.qk_norm_rope_attention import check_qk_norm_rope_atten
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, rotary_reference
 from qtts_compile.kernels.rows import with_unit_stride
+from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 from qtts_compile.kernels.turboquant.attend import (
     COLUMNS,
     KEPT_TILE,
@@ -254,11 +255,11 @@ def qk_norm_rope_quantized_attention_triton(
     mask = expand_mask(mask, q, k_codes.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
     parsed = Format.parse(format)
-    block_m = block_m or min(COLUMNS.value, triton.next_power_of_2(q.shape[1] // k.shape[1]))
+    block_m = block_m or min(COLUMNS.value, next_power_of_2(q.shape[1] // k.shape[1]))
     block_n, num_warps = block_n or 32, num_warps or 1
     if block_m > COLUMNS.value or block_n < 16:
         raise ValueError(f"block_m must be at most {COLUMNS.value} and block_n at least 16, got {block_m} and {block_n}")
-    kept_tiles = triton.cdiv(kept.shape[3], KEPT_TILE.value)
+    kept_tiles = cdiv(kept.shape[3], KEPT_TILE.value)
     grid, options = plan_launch(q, k_codes, mask, n_splits, block_n, num_warps, block_m, other_splits=min(MAX_PARTS, kept_tiles) + 1)
     n_parts, kept_m = _choose_parts(kept_tiles, grid, block_m, q.device)
     partials = Partials.empty(out, grid[1] + n_parts + 1)
@@ -278,7 +279,7 @@ def _choose_parts(kept_tiles: int, grid: tuple[int, int], block_m: int, device: 
     n_parts = min(MAX_PARTS, kept_tiles)
     if have_room(grid[0] * (grid[1] + (n_parts + 1) * block_m + 2), device, RESIDENT_PROGRAMS):
         return n_parts, 1
-    return min(MAX_PARTS, triton.cdiv(kept_tiles, 2)), block_m
+    return min(MAX_PARTS, cdiv(kept_tiles, 2)), block_m
 
 
 define_op(

@@ -10,6 +10,7 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_shape
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rows import as_rows, row_blocks, row_offset
+from qtts_compile.kernels.sizes import cdiv
 
 MAX_WIDTH = 16384
 
@@ -72,7 +73,7 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     n_rows = x.numel() // width
     rows, layout = as_rows(x)
     block_r, block_d, num_warps = row_blocks(n_rows, width)
-    _rms_norm_kernel[(triton.cdiv(n_rows, block_r),)](
+    _rms_norm_kernel[(cdiv(n_rows, block_r),)](
         rows, weight.contiguous(), y, n_rows, width, eps, *layout, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=num_warps
     )
     return y

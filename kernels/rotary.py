@@ -12,6 +12,7 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_float_dtype, check_like, check_rank, check_shape
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rows import with_unit_stride
+from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 
 def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool) -> torch.Tensor:
@@ -216,8 +217,8 @@ def empty_rotated(x: torch.Tensor) -> torch.Tensor:
 
 def head_blocks(heads: int, width: int) -> tuple[int, int]:
     """Choose ``(BLOCK_H, BLOCK_F)`` of the kernels that give a program some heads of one token, about 512 elements, for 4 warps."""
-    block_f = triton.next_power_of_2(width // 2)
-    return max(1, min(256 // block_f, triton.next_power_of_2(heads))), block_f
+    block_f = next_power_of_2(width // 2)
+    return max(1, min(256 // block_f, next_power_of_2(heads))), block_f
 
 
 def _launch(
@@ -233,7 +234,7 @@ def _launch(
     k = None if k is None else with_unit_stride(k)
     angles = as_angles(cos, sin, sections, interleaved)
     block_h, block_f = head_blocks(max(q_heads, k_heads), width)
-    grid = (batch * tokens, triton.cdiv(q_heads, block_h) + triton.cdiv(k_heads, block_h))
+    grid = (batch * tokens, cdiv(q_heads, block_h) + cdiv(k_heads, block_h))
     no_strides = (0, 0, 0)
     _rotary_qk_kernel[grid](
         q, k, angles.cos, angles.sin, q_out, k_out, tokens, q_heads, k_heads,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qtts_compile.kernels.sizes import next_power_of_2
+
 
 class Rows(NamedTuple):
     """A tensor ``[..., D]`` seen as rows: row ``i`` begins at element ``row_offset(i, *layout)``."""
@@ -44,8 +46,8 @@ def with_unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 
 def row_blocks(n_rows: int, width: int) -> tuple[int, int, int]:
     """Choose ``(BLOCK_R, BLOCK_D, num_warps)``: whole rows, about 512 elements or one row a program, 16 bytes of bf16 a thread."""
-    block_d = triton.next_power_of_2(width)
-    block_r = max(1, min(512 // block_d, triton.next_power_of_2(n_rows)))
+    block_d = next_power_of_2(width)
+    block_r = max(1, min(512 // block_d, next_power_of_2(n_rows)))
     return block_r, block_d, min(16, max(1, block_r * block_d // 256))
 
 

@@ -11,6 +11,7 @@ from qtts_compile.kernels.checks import check_device, check_float_dtype, check_r
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
 from qtts_compile.kernels.rows import with_unit_stride
+from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 MAX_V = 16384
 GROUPS = tl.constexpr(64)
@@ -65,7 +66,7 @@ def philox_reference(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor,
 def uniform_reference(seed: torch.Tensor, offset: torch.Tensor, n: int) -> torch.Tensor:
     """Return the float32 numbers ``[B, n]``, inside (0, 1), that :func:`sample` draws for ``seed`` ``[B]`` and ``offset`` ``[1]``."""
     low = 0xFFFFFFFF
-    quads = torch.arange(triton.cdiv(n, 4), device=seed.device)
+    quads = torch.arange(cdiv(n, 4), device=seed.device)
     key = (seed[:, None] & low, seed[:, None] >> 32 & low)
     words = philox_reference((quads, offset & low, offset >> 32 & low, torch.zeros_like(quads)), key)
     return ((torch.stack(words, -1).flatten(1)[:, :n] >> 9).float() + 0.5) * 2**-23
@@ -255,7 +256,7 @@ def sample_triton(
     batch, width = logits.shape
     logits = with_unit_stride(logits)
     seen, blocked = (None if mask is None else with_unit_stride(mask) for mask in (seen, blocked))
-    block = max(GROUPS.value, triton.next_power_of_2(width))
+    block = max(GROUPS.value, next_power_of_2(width))
     # A penalised logit has the bits of a float32.
     shift = 0 if seen is not None else {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype]
     _sample_kernel[(batch,)](

@@ -10,6 +10,7 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_float_dtype, check_like, check_shape
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rows import as_rows, row_offset
+from qtts_compile.kernels.sizes import cdiv
 
 BLOCK_D = 512
 
@@ -66,7 +67,7 @@ def swiglu_triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     width = gate.shape[-1]
     gate_rows, gate_layout = as_rows(gate)
     up_rows, up_layout = as_rows(up)
-    grid = (gate.numel() // width, triton.cdiv(width, BLOCK_D))
+    grid = (gate.numel() // width, cdiv(width, BLOCK_D))
     _swiglu_kernel[grid](gate_rows, up_rows, y, width, *gate_layout, *up_layout, BLOCK_D=BLOCK_D, num_warps=4)
     return y
 

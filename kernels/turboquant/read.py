@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from qtts_compile.kernels.library import define_op
+from qtts_compile.kernels.sizes import cdiv
 from qtts_compile.kernels.turboquant.codec import dequantize
 from qtts_compile.kernels.turboquant.decode import decode_words, load_words, words_of
 from qtts_compile.kernels.turboquant.format import Format
@@ -117,7 +118,7 @@ def quantized_kv_read_triton(
     parsed = Format.parse(format)
     batch, heads, slots, width = k.shape
     block_n = max(1, 2048 // width)
-    _quantized_kv_read_kernel[(batch * heads, triton.cdiv(slots, block_n), 2)](
+    _quantized_kv_read_kernel[(batch * heads, cdiv(slots, block_n), 2)](
         k_codes, v_codes, scales, kept, last, start, k, v, heads, slots,
         k_codes.stride(), v_codes.stride(), scales.stride(), kept.stride(), start.stride(0),
         D=width, K_BITS=parsed.k_bits, V_BITS=parsed.v_bits, SINKS=sinks, WINDOW=kept.shape[3] - sinks, BLOCK_N=block_n,

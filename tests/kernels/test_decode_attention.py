@@ -141,15 +141,13 @@ def test_no_queries(device, shape):
     assert decode_attention_triton(torch.empty(shape, device=device), k, k, None, 1.0).shape == shape
 
 
-def test_splits_fill_the_gpu_and_no_more(monkeypatch):
-    monkeypatch.setattr(flash_decoding_launch, "_sm_count", lambda device: 132)
-    device = torch.device("cpu")
-    assert choose_splits(1, 8, device) == choose_splits(2, 8, device) == 1
-    assert choose_splits(10, 8, device) == 10
-    assert choose_splits(1024, 8, device) == 64
-    assert choose_splits(1000, 8, device) == 63  # of 16 tiles each, as of 64 the largest
-    assert choose_splits(1000, 64, device) == 33
-    assert choose_splits(1000, 10000, device) == 1
+def test_splits_fill_the_gpu_and_no_more():
+    assert choose_splits(1, 8, 132) == choose_splits(2, 8, 132) == 1
+    assert choose_splits(10, 8, 132) == 10
+    assert choose_splits(1024, 8, 132) == 64
+    assert choose_splits(1000, 8, 132) == 63  # of 16 tiles each, as of 64 the largest
+    assert choose_splits(1000, 64, 132) == 33
+    assert choose_splits(1000, 10000, 132) == 1
 
 
 @pytest.mark.parametrize(("tiles", "looks"), [(1, (1, 1)), (5, (1, 8)), (9, (1, 16)), (16, (1, 16)), (17, (4, 8)), (64, (8, 8))])
