@@ -104,7 +104,7 @@ def trace(run: Run, speak: Callable[[int], Any], talker: Any, position: int, bat
         shares = {name: gained / count for name, us in more.items() if (gained := us - once.get(name, 0.0)) > 0}
         row["breakdown"] = parts(shares, median(frame_us() for _ in range(run.repeats)), weight_bytes(talker) / copy_bandwidth() / 1e6)
         row["traced"] = {"us": sum(shares.values()), "kernels": launches.total() / count, "batch": batch}
-        path = Path(run.profile or ".") / f"{run.job}.txt"
+        path = Path(run.profile or ".") / (re.sub(r"[^\w.-]+", "-", run.job) + ".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(kernel_table(shares, {name: launches[name] / count for name in shares}, {name: classify(name) for name in shares}))
         row["note"] = f"{path}: {path.read_text().splitlines()[0]}"

@@ -62,10 +62,14 @@ class Bench:
     def run_all(self) -> list[dict[str, Any]]:
         """Run every job to its end, after compiling ahead where that is asked for, and return the rows."""
         ahead = [name for name, job in self.jobs.items() if job.compiles and not job.skip]
-        if self.arguments.compile_first and ahead:
-            self.compile(ahead)
-        for name in self.jobs:
-            self.run(name)
+        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C does, so that rows are kept
+        try:
+            if self.arguments.compile_first and ahead:
+                self.compile(ahead)
+            for name in self.jobs:
+                self.run(name)
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return self.results["rows"]
 
     def compile(self, names: list[str]) -> None:
@@ -75,8 +79,12 @@ class Bench:
             (name, *self._begin(name, compile_only=True, TORCHINDUCTOR_COMPILE_THREADS=str(threads), QTTS_COMPILE_SEARCH="0")) for name in names
         ]
         end = min(self.deadline, time.monotonic() + self.arguments.time_limit)
-        for name, process, rows in running:
-            self._end(name, process, rows, max(0, end - time.monotonic()))
+        try:
+            for name, process, rows in running:
+                self._end(name, process, rows, max(0, end - time.monotonic()))
+        finally:
+            for _, process, _ in running:
+                _stop(process)
         for path in (self.arguments.folder / "cache").rglob("*.best_config"):
             path.unlink()
 
@@ -135,10 +143,10 @@ class Bench:
             if process.wait(limit):
                 fault = f"exit status {process.returncode}: {last_line(rows.with_suffix('.log').read_text(errors='replace'))}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             fault = f"stopped after {limit:g} s"
-        self._keep([json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [])
+        finally:  # when everything is stopped, too
+            _stop(process)
+            self._keep([json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [])
         if fault:
             self._tell(name, "the rest", time.monotonic() - started, error=fault)
 
@@ -152,6 +160,13 @@ class Bench:
         self.results["rows"] += rows
         if self.arguments.json:
             self.arguments.json.write_text(json.dumps(self.results, indent=1))
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Kill a job and what it has started, unless it has ended."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def machine() -> dict[str, str]:

@@ -1,6 +1,8 @@
 """The benchmark of whole speech: its check of codes, its models, its table, and that a job which fails costs no other."""
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +196,21 @@ def test_a_failing_job_costs_no_other(command, tmp_path, monkeypatch):
 def test_jobs_are_stopped_at_their_limit(command):
     failures, _, rows = command("--rows", "decoder", "eager", "--time-limit", "0.3")
     assert failures == 2 and {row["error"] for row in rows} == {"stopped after 0.3 s"}
+
+
+def test_a_stopped_benchmark_keeps_its_rows_and_leaves_no_process(command, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    row = json.dumps({"job": "eager", "row": "load", "seconds": 1.0})
+    python.write_text(f"#!/bin/sh\necho '{row}' > {tmp_path}/eager.jsonl\necho $$ > {tmp_path}/process\nkill -TERM $PPID\nsleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        command("--rows", "eager", "decoder")
+    assert [row["row"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == ["load"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "process").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_what_the_budget_does_not_hold_is_not_begun(command):
