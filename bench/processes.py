@@ -57,19 +57,24 @@ class Bench:
         self.arguments, self.jobs = arguments, jobs
         self.results: dict[str, Any] = {"machine": machine, "command": command, "rows": []}
         self.deadline = time.monotonic() + (arguments.budget or float("inf"))
+        self._running: list[subprocess.Popen[bytes]] = []
+        self._stopped_by: int | None = None
         arguments.folder.mkdir(parents=True, exist_ok=True)
 
     def run_all(self) -> list[dict[str, Any]]:
         """Run every job to its end, after compiling ahead where that is asked for, and return the rows."""
         ahead = [name for name, job in self.jobs.items() if job.compiles and not job.skip]
-        before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as Ctrl-C does, so that rows are kept
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             if self.arguments.compile_first and ahead:
                 self.compile(ahead)
             for name in self.jobs:
                 self.run(name)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._stopped_by is not None:
+            sys.exit(128 + self._stopped_by)
         return self.results["rows"]
 
     def compile(self, names: list[str]) -> None:
@@ -79,17 +84,15 @@ class Bench:
             (name, *self._begin(name, compile_only=True, TORCHINDUCTOR_COMPILE_THREADS=str(threads), QTTS_COMPILE_SEARCH="0")) for name in names
         ]
         end = min(self.deadline, time.monotonic() + self.arguments.time_limit)
-        try:
-            for name, process, rows in running:
-                self._end(name, process, rows, max(0, end - time.monotonic()))
-        finally:
-            for _, process, _ in running:
-                _stop(process)
+        for name, process, rows in running:
+            self._end(name, process, rows, max(0, end - time.monotonic()))
         for path in (self.arguments.folder / "cache").rglob("*.best_config"):
             path.unlink()
 
     def run(self, name: str) -> None:
         """Run a job to its end."""
+        if self._stopped_by is not None:
+            return
         job = self.jobs[name]
         skip = job.skip or ("needs a GPU" if job.needs_gpu and self.arguments.tiny else "")
         if skip:
@@ -124,7 +127,16 @@ class Bench:
                 stderr=log,
                 preexec_fn=os.setpgrp,  # no session of its own: what stops this process must be able to stop that one
             )
+        self._running.append(process)
+        if self._stopped_by is not None:  # while it began
+            _kill(process)
         return process, rows
+
+    def _stop(self, number: int, frame: object) -> None:
+        """End what runs and begin nothing more: an exception raised here might strike between a process's beginning and its end."""
+        self._stopped_by = number
+        for process in self._running:
+            _kill(process)
 
     def _labels(self, job: Job) -> dict[str, Any]:
         return job.labels | ({"size": "tiny"} if self.arguments.tiny and "size" in job.labels else {})
@@ -144,9 +156,12 @@ class Bench:
                 fault = f"exit status {process.returncode}: {last_line(rows.with_suffix('.log').read_text(errors='replace'))}"
         except subprocess.TimeoutExpired:
             fault = f"stopped after {limit:g} s"
-        finally:  # when everything is stopped, too
-            _stop(process)
-            self._keep([json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [])
+            _kill(process)
+            process.wait()
+        self._running.remove(process)
+        if self._stopped_by is not None:
+            fault = f"stopped by {signal.Signals(self._stopped_by).name}"
+        self._keep([json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [])
         if fault:
             self._tell(name, "the rest", time.monotonic() - started, error=fault)
 
@@ -162,11 +177,10 @@ class Bench:
             self.arguments.json.write_text(json.dumps(self.results, indent=1))
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill a job and what it has started, unless it has ended."""
-    if process.poll() is None:
+    if process.returncode is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def machine() -> dict[str, str]:

@@ -198,19 +198,27 @@ def test_jobs_are_stopped_at_their_limit(command):
     assert failures == 2 and {row["error"] for row in rows} == {"stopped after 0.3 s"}
 
 
-def test_a_stopped_benchmark_keeps_its_rows_and_leaves_no_process(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seconds", [0, 1])  # without and with time for this process to see that the job has begun
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("rows", [("eager", "checkpoint"), ("qtts", "decoder", "--compile-first")])
+def test_a_stopped_benchmark_keeps_its_rows_and_leaves_no_process(command, tmp_path, monkeypatch, rows, number, seconds):
     python = tmp_path / "python"
-    row = json.dumps({"job": "eager", "row": "load", "seconds": 1.0})
-    python.write_text(f"#!/bin/sh\necho '{row}' > {tmp_path}/eager.jsonl\necho $$ > {tmp_path}/process\nkill -TERM $PPID\nsleep 60\n")
+    row = json.dumps({"job": rows[0], "row": "load", "seconds": 1.0})
+    place = tmp_path / f"{rows[0]}{'-compile' if '--compile-first' in rows else ''}.jsonl"
+    first = f"echo '{row}' > {place}; sleep {seconds}; kill -{number:d} $PPID"
+    python.write_text(f'#!/bin/sh\necho $$ >> {tmp_path}/processes\ncase "$*" in *\'"job": "{rows[0]}"\'*) {first};; esac\nsleep 60\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit):
-        command("--rows", "eager", "decoder")
-    assert [row["row"] for row in json.loads((tmp_path / "results.json").read_text())["rows"]] == ["load"]
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "process").read_text()), 0)
-    assert signal.getsignal(signal.SIGTERM) == before
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        command("--rows", *rows)
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    kept = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["row"] for row in kept if row["job"] == rows[0]] == ["load", "the rest"]
+    assert {row["error"] for row in kept if row["row"] == "the rest"} == {f"stopped by {number.name}"}
+    for process in (tmp_path / "processes").read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process), 0)
 
 
 def test_what_the_budget_does_not_hold_is_not_begun(command):
