@@ -153,14 +153,13 @@ class Bench:
         fault, started = None, time.monotonic()
         try:
             if process.wait(limit):
-                fault = f"exit status {process.returncode}: {last_line(rows.with_suffix('.log').read_text(errors='replace'))}"
+                told = f"exit status {process.returncode}: {last_line(rows.with_suffix('.log').read_text(errors='replace'))}"
+                fault = told if self._stopped_by is None else f"stopped by {signal.Signals(self._stopped_by).name}"
         except subprocess.TimeoutExpired:
             fault = f"stopped after {limit:g} s"
             _kill(process)
             process.wait()
         self._running.remove(process)
-        if self._stopped_by is not None:
-            fault = f"stopped by {signal.Signals(self._stopped_by).name}"
         self._keep([json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [])
         if fault:
             self._tell(name, "the rest", time.monotonic() - started, error=fault)

@@ -54,21 +54,20 @@ class _Mask(NamedTuple):
     """What a plan depends on of an expanded mask: its dtype, and whether its rows differ between heads and between tokens."""
 
     dtype: torch.dtype
-    differs: tuple[bool, bool]
+    between_heads: bool
+    between_tokens: bool
 
     @staticmethod
     def of(mask: torch.Tensor | None) -> "_Mask | None":
         if mask is None:
             return None
-        of_heads, of_tokens = (size > 1 and stride != 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3]))
-        return _Mask(mask.dtype, (of_heads, of_tokens))
+        return _Mask(mask.dtype, *(size > 1 and stride != 0 for size, stride in zip(mask.shape[1:3], mask.stride()[1:3])))
 
     def rows(self, tokens: int, block_m: int) -> int:
         """Count the different rows among ``block_m`` rows of queries, in which ``tokens`` take turns."""
-        of_heads, of_tokens = self.differs
-        if not (of_heads or of_tokens):
+        if not (self.between_heads or self.between_tokens):
             return 1
-        return tokens if not of_heads and block_m % tokens == 0 else block_m
+        return tokens if not self.between_heads and block_m % tokens == 0 else block_m
 
 
 def plan_launch(
