@@ -11,8 +11,6 @@ What ``decode_attention`` and ``qk_norm_rope_attention`` share. A program serves
 import triton
 import triton.language as tl
 
-from qtts_compile.kernels.pdl import announce, wait_for_inputs
-
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -39,17 +37,23 @@ def is_row(place, m, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_mask(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Request what the mask says of ``keys``: a tensor for each of a program's rows that differ, ``MASK_ROWS`` in turns; without a mask none."""
+def load_mask(
+    Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, STAYS: tl.constexpr = False
+):  # fmt: skip
+    """Request what the mask says of ``keys``: a tensor for each of a program's rows that differ, ``MASK_ROWS`` in turns; without a mask none.
+
+    PTX's compiler moves a request to where its value is used, behind what is computed before, so that memory is waited for once more. One that
+    ``STAYS`` does not move behind the next that does. It is volatile: it passes by the L1 cache, which other programs may have filled.
+    """
     said = ()
     if Mask_ptr is not None:
         for m in tl.static_range(MASK_ROWS):
             pointers = Mask_ptr + row_offset(place, m, mask_strides, GROUP) + keys * mask_strides[3]
             readable = in_bounds & is_row(place, m, GROUP)
             if Mask_ptr.dtype.element_ty == tl.int1:  # as bytes: to convert them would be to wait for them
-                said = said + (tl.load(pointers.to(tl.pointer_type(tl.int8)), mask=readable, other=0),)
+                said = said + (tl.load(pointers.to(tl.pointer_type(tl.int8)), mask=readable, other=0, volatile=STAYS),)
             else:
-                said = said + (tl.load(pointers, mask=readable, other=float("-inf")),)
+                said = said + (tl.load(pointers, mask=readable, other=float("-inf"), volatile=STAYS),)
     return said
 
 
@@ -132,9 +136,9 @@ def attend_key(states, q_rows, k, v, biases):
 
 @triton.jit
 def load_tile(X_ptr, stride_s, keys, readable, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load keys or values ``[N, BLOCK_D]`` of the head that begins at ``X_ptr``, zero where they are not readable."""
+    """Request keys or values ``[N, BLOCK_D]`` of the head that begins at ``X_ptr``, zero where they are not readable: it stays, see ``load_mask``."""
     columns = tl.arange(0, BLOCK_D)
-    return tl.load(X_ptr + keys[:, None] * stride_s + columns[None, :], mask=readable[:, None] & (columns < D)[None, :], other=0.0)
+    return tl.load(X_ptr + keys[:, None] * stride_s + columns[None, :], mask=readable[:, None] & (columns < D)[None, :], other=0.0, volatile=True)
 
 
 @triton.jit
@@ -300,32 +304,3 @@ def store_rows(
             tl.store(Sum_ptr + out_row, row_sum, mask=in_rows)
             in_rows = in_rows & (row_sum > 0)
         tl.store(Out_ptr + out_row * D + columns, out.to(Out_ptr.dtype.element_ty), mask=(columns < D) & in_rows)
-
-
-@triton.jit
-def load_weights(Max_ptr, Sum_ptr, split_rows, in_splits):
-    """Return how much each split counts of one row, ``[N]``, zero where it has no key."""
-    split_max = tl.load(Max_ptr + split_rows, mask=in_splits, other=float("-inf"))
-    split_sum = tl.load(Sum_ptr + split_rows, mask=in_splits, other=0.0)
-    row_max = tl.max(split_max, axis=0)
-    origin = tl.where(row_max == float("-inf"), 0.0, row_max)
-    rescale = tl.where(split_sum > 0, tl.exp2(split_max - origin), 0.0)
-    row_sum = tl.sum(split_sum * rescale, axis=0)
-    return rescale / tl.where(row_sum == 0, 1.0, row_sum)
-
-
-@triton.jit
-def combine_kernel(
-    Partial_ptr, Max_ptr, Sum_ptr, Out_ptr, n_rows, n_splits,
-    D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PDL: tl.constexpr,
-):  # fmt: skip
-    announce(HAS_PDL)
-    row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, BLOCK_S)
-    columns = tl.arange(0, BLOCK_D)
-    in_width = columns < D
-    split_rows = splits.to(tl.int64) * n_rows + row
-    wait_for_inputs(HAS_PDL)
-    weights = load_weights(Max_ptr, Sum_ptr, split_rows, splits < n_splits)
-    partial = tl.load(Partial_ptr + split_rows[:, None] * D + columns[None, :], mask=(weights > 0)[:, None] & in_width[None, :], other=0.0)
-    tl.store(Out_ptr + row * D + columns, tl.sum(partial * weights[:, None], axis=0).to(Out_ptr.dtype.element_ty), mask=in_width)

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qtts_compile.kernels.flash_decoding import combine_kernel
+from qtts_compile.kernels.combine import combine_kernel
 from qtts_compile.kernels.pdl import has_pdl
 from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 MAX_SPLITS = 64
 PROGRAMS_PER_SM = 16  # of one warp
 MAX_TILES_OF_ONE_SPLIT = 2
+COMBINED_COLUMNS = 32  # of a program of the second launch
 MAX_LOOK_AHEAD, MAX_ONLY_LOOK = 8, 16  # tiles of one of several looks ahead, and of a single one
 
 
@@ -149,8 +150,8 @@ class Partials(NamedTuple):
         """Return ``out``, completed by a second launch if several splits contribute."""
         if self.max is not None:
             n_splits, n_rows, width = self.out.shape
-            combine_kernel[(n_rows,)](
-                *self, out, n_rows, n_splits, D=width, BLOCK_S=next_power_of_2(n_splits), BLOCK_D=next_power_of_2(width),
-                HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=4,
+            combine_kernel[n_rows, cdiv(width, COMBINED_COLUMNS)](
+                *self, out, n_rows, n_splits, D=width, BLOCK_S=next_power_of_2(n_splits), BLOCK_D=COMBINED_COLUMNS,
+                HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=2,
             )  # fmt: skip
         return out

@@ -26,6 +26,9 @@ def announce(HAS_PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_inputs(HAS_PDL: tl.constexpr):
-    """Wait until all earlier kernels have ended. Before that, a program reads nothing but parameters and writes nothing."""
+    """Wait until all earlier kernels have ended. Before that, a program writes nothing, and reads only what no kernel that announces itself writes.
+
+    Those are parameters, and positions: a kernel of another package has ended, as it does not announce itself, when the one after it begins.
+    """
     if HAS_PDL:
         gdc_wait()

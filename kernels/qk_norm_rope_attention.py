@@ -63,8 +63,8 @@ def qk_norm_rope_attention(
     dtype after the norm, its weight and each product of the rotation, attention is computed in float32 and rounded once. The result
     ``[B, Hq, T, D]`` has the strides of ``decode_attention``'s.
 
-    The weights of the norms must be at rest: on a GPU of compute capability 9.0 or later they are read before earlier kernels of the stream have
-    ended.
+    ``position`` and the weights of the norms must be at rest: on a GPU of compute capability 9.0 or later they are read before earlier kernels of
+    this package in the stream have ended. Other kernels do not let those that follow begin early.
 
     Raises ``TypeError`` or ``ValueError`` as those two do, and ``ValueError`` for more than 2 tokens or a weight that is not contiguous.
     """
@@ -118,29 +118,32 @@ def _qk_norm_rope_attention_kernel(
     V_cache_ptr += batch * v_cache_strides[0] + k_head * v_cache_strides[1]
     q_weight = load_weight(Q_weight_ptr, columns, partners, D)
     k_weight = load_weight(K_weight_ptr, columns, partners, D)
-    wait_for_inputs(HAS_PDL)
-
-    # All that is known to be needed is requested together, to wait for memory once.
-    if IS_ONE_TILE:
-        keys = tl.arange(0, BLOCK_N).to(tl.int64)
-        k_tile = load_tile(K_cache_ptr, k_cache_strides[2], keys, keys < S, D, BLOCK_D)
-        v_tile = load_tile(V_cache_ptr, v_cache_strides[2], keys, keys < S, D, BLOCK_D)
-    q_heads = ()
-    for m in tl.static_range(BLOCK_M):
-        in_bounds = in_width & is_row(place, m, GROUP)
-        q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), in_bounds, columns, partners),)
-    rows, in_cache, angles, k_heads, values = (), (), (), (), ()
+    rows, in_cache = (), ()
     for t in tl.static_range(T):
         row, is_in_cache = cache_row(Position_ptr, t, stride_position, S)
         rows = rows + (row,)
         in_cache = in_cache + (is_in_cache,)
+    wait_for_inputs(HAS_PDL)
+
+    # All that is known to be needed is requested together, to wait for memory once.
+    q_heads = ()
+    for m in tl.static_range(BLOCK_M):
+        in_bounds = in_width & is_row(place, m, GROUP)
+        q_heads = q_heads + (load_head(Q_ptr + row_offset(place, m, q_strides, GROUP), in_bounds, columns, partners, IS_ONE_TILE),)
+    angles, k_heads, values = (), (), ()
+    for t in tl.static_range(T):
         offset = batch * angle_strides[1] + t * angle_strides[2]
         angles = angles + (load_angles(
-            Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2
+            Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2, IS_ONE_TILE
         ),)  # fmt: skip
-        k_heads = k_heads + (load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1] + t * k_strides[2], in_width, columns, partners),)
-        values = values + (tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + t * v_strides[2] + columns, mask=in_width, other=0.0),)
+        k_head_ptr = K_ptr + batch * k_strides[0] + k_head * k_strides[1] + t * k_strides[2]
+        k_heads = k_heads + (load_head(k_head_ptr, in_width, columns, partners, IS_ONE_TILE),)
+        value_ptrs = V_ptr + batch * v_strides[0] + k_head * v_strides[1] + t * v_strides[2] + columns
+        values = values + (tl.load(value_ptrs, mask=in_width, other=0.0, volatile=IS_ONE_TILE),)
     if IS_ONE_TILE:
+        keys = tl.arange(0, BLOCK_N).to(tl.int64)
+        k_tile = load_tile(K_cache_ptr, k_cache_strides[2], keys, keys < S, D, BLOCK_D)
+        v_tile = load_tile(V_cache_ptr, v_cache_strides[2], keys, keys < S, D, BLOCK_D)
         biases = load_biases(Mask_ptr, mask_strides, place, keys, keys < S, GROUP, MASK_ROWS, FLOOR)
     else:
         is_early = tl.program_id(1) * BLOCK_N < rows[0]  # before a new token, where tiles are seldom excluded

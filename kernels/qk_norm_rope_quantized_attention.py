@@ -14,10 +14,11 @@ import triton.language as tl
 from qtts_compile.kernels.decode_attention import check_mask, decode_attention_fake, decode_attention_reference
 from qtts_compile.kernels.flash_decoding import (
     LOG2_E,
+    as_biases,
     attend_key,
     is_attended,
     is_row,
-    load_biases,
+    load_mask,
     locate_rows,
     no_keys_yet,
     row_offset,
@@ -87,7 +88,7 @@ def qk_norm_rope_quantized_attention(
     ``[B, Hq, 1, S]`` counts slots. ``kept`` must have room for a recent token. The result ``[B, Hq, 1, D]`` has the strides of
     ``decode_attention``'s.
 
-    The weights of the norms must be at rest, as for ``qk_norm_rope_attention``.
+    ``position``, ``start`` and the weights of the norms must be at rest, as for ``qk_norm_rope_attention``.
 
     Raises ``TypeError`` or ``ValueError`` as those do, and ``ValueError`` for more than one token.
     """
@@ -161,14 +162,14 @@ def _qk_norm_rope_quantized_attention_kernel(
     V_scales_ptr = K_scales_ptr + scales_strides[0]
     K_kept_ptr = Kept_ptr + batch * kept_strides[1] + k_head * kept_strides[2]
     V_kept_ptr = K_kept_ptr + kept_strides[0]
+    row, in_cache = cache_row(Position_ptr, 0, 0, S)
+    start = tl.load(Start_ptr + batch * stride_start)
     wait_for_inputs(HAS_PDL)
 
     # Codes, kept tokens, the new token and the writes each have programs of their own: in one, its single warp would go through all that code.
     BLOCKS: tl.constexpr = BLOCK_M // KEPT_M
     n_splits = tl.num_programs(1) - (N_PARTS + 1) * BLOCKS - 2
     split = tl.program_id(1)
-    row, in_cache = cache_row(Position_ptr, 0, 0, S)
-    start = tl.load(Start_ptr + batch * stride_start)
     offset = batch * angle_strides[1]
     angles = load_angles(Cos_ptr + offset, Sin_ptr + offset, angle_strides[0], columns, D, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
     # What is known to be needed is requested before anything is computed, to wait for memory once.
@@ -214,8 +215,9 @@ def _qk_norm_rope_quantized_attention_kernel(
             )  # fmt: skip
         else:
             key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
-            value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns)
-            biases = load_biases(Mask_ptr, mask_strides, own_place, row, in_cache, GROUP, OWN_MASK_ROWS, FLOOR)
+            value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns, volatile=True)
+            said = load_mask(Mask_ptr, mask_strides, own_place, row, in_cache, GROUP, OWN_MASK_ROWS, True)
+            biases = as_biases(said, in_cache, OWN_MASK_ROWS, FLOOR)
             q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D, DENSE_BITS)
             k = norm_rotate(key, k_weight, k_eps, angles, D)
             row_states = attend_key(no_keys_yet(KEPT_M, D), q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qtts_compile.kernels.flash_decoding import load_weights
+from qtts_compile.kernels.combine import load_weights
 from qtts_compile.kernels.flash_decoding_launch import Partials
 from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
 from qtts_compile.kernels.sizes import next_power_of_2
