@@ -74,9 +74,11 @@ def as_biases(said, in_bounds, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
 
 
 @triton.jit
-def load_biases(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr):
-    """Return :func:`as_biases` of what the mask says of ``keys``."""
-    return as_biases(load_mask(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP, MASK_ROWS), in_bounds, MASK_ROWS, FLOOR)
+def load_biases(
+    Mask_ptr, mask_strides, place, keys, in_bounds, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, FLOOR: tl.constexpr, STAYS: tl.constexpr = False
+):  # fmt: skip
+    """Return :func:`as_biases` of what :func:`load_mask` requests."""
+    return as_biases(load_mask(Mask_ptr, mask_strides, place, keys, in_bounds, GROUP, MASK_ROWS, STAYS), in_bounds, MASK_ROWS, FLOOR)
 
 
 @triton.jit

@@ -14,11 +14,10 @@ import triton.language as tl
 from qtts_compile.kernels.decode_attention import check_mask, decode_attention_fake, decode_attention_reference
 from qtts_compile.kernels.flash_decoding import (
     LOG2_E,
-    as_biases,
     attend_key,
     is_attended,
     is_row,
-    load_mask,
+    load_biases,
     locate_rows,
     no_keys_yet,
     row_offset,
@@ -216,8 +215,7 @@ def _qk_norm_rope_quantized_attention_kernel(
         else:
             key = load_head(K_ptr + batch * k_strides[0] + k_head * k_strides[1], True, columns, partners)
             value = tl.load(V_ptr + batch * v_strides[0] + k_head * v_strides[1] + columns, volatile=True)
-            said = load_mask(Mask_ptr, mask_strides, own_place, row, in_cache, GROUP, OWN_MASK_ROWS, True)
-            biases = as_biases(said, in_cache, OWN_MASK_ROWS, FLOOR)
+            biases = load_biases(Mask_ptr, mask_strides, own_place, row, in_cache, GROUP, OWN_MASK_ROWS, FLOOR, True)
             q_rows = _queries(q_heads, q_weight, q_eps, angles, scale, D, DENSE_BITS)
             k = norm_rotate(key, k_weight, k_eps, angles, D)
             row_states = attend_key(no_keys_yet(KEPT_M, D), q_rows, k, tl.where(is_attended(biases), value, 0.0), biases)

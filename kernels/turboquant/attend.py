@@ -240,8 +240,7 @@ def load_kept(
     slots = tl.where(rows < SINKS, start + rows, row - tl.where(age < 0, age + WINDOW, age))
     is_sink, _ = find_kept(slots, row, start, SINKS, WINDOW)
     is_there = in_kept & (slots >= 0) & (slots < row) & (is_sink == (rows < SINKS))
-    said = load_mask(Mask_ptr, mask_strides, place, slots.to(tl.int64), is_there, GROUP, MASK_ROWS, True)
-    return k, v, as_biases(said, is_there, MASK_ROWS, FLOOR)
+    return k, v, load_biases(Mask_ptr, mask_strides, place, slots.to(tl.int64), is_there, GROUP, MASK_ROWS, FLOOR, True)
 
 
 @triton.jit

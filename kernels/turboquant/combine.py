@@ -27,6 +27,7 @@ def _combine_kernel(
     split_rows = splits.to(tl.int64) * n_rows + row
     wait_for_inputs(HAS_PDL)
     weights = load_weights(Max_ptr, Sum_ptr, split_rows, splits < n_splits)
+    # Only what counts, unlike combine_kernel: a program has all columns here, and to request all splits took longer.
     partial = tl.load(Partial_ptr + split_rows[:, None] * D + columns[None, :], mask=(weights > 0)[:, None], other=0.0)
     of_codes = tl.sum(partial * tl.where(splits < n_of_codes, weights, 0.0)[:, None], axis=0)
     out = unrotate_rows(of_codes) + tl.sum(partial * tl.where(splits < n_of_codes, 0.0, weights)[:, None], axis=0)
