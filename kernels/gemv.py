@@ -19,6 +19,7 @@ from qtts_compile.kernels.rms_norm import check_rms_norm
 from qtts_compile.kernels.rows import with_unit_stride
 
 MAX_ROWS = 16
+WIDE = tl.constexpr(1024)
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
@@ -92,6 +93,8 @@ def multiply_rows(
 ):  # fmt: skip
     """Return the products ``[R, BLOCK_M]``, in float32, of the weight rows at ``Row_ptrs`` ``[R, 1]`` with the ``M`` rows of x.
 
+    A norm's result is rounded to the dtype, as by ``rms_norm``, for the tensor cores alone: they serve half precision of more than 2 rows, or of
+    more than 4 with some launches.
     ``tiles`` and ``norm_tiles`` are what :func:`request_weights` and :func:`request_norm_weight` returned. The rows of x are its first, or those
     whose numbers, int64 ``[M]``, lie at ``Index_ptr``. Columns from ``M`` on repeat column ``M - 1``.
     """
@@ -112,7 +115,11 @@ def _row_start(X_ptr, x_stride, row, M, Index_ptr):
 
 @triton.jit
 def _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K: tl.constexpr, BLOCK_M: tl.constexpr, Index_ptr):
-    """Multiply with one row of x after the other."""
+    """Multiply with one row of x after the other. The scale of a norm is applied to the products, which need not wait for it.
+
+    In the SASS a request of x moves to where its tile is multiplied, so that memory is waited for again and again. In a wide row the first tile needs
+    all squares, for the 0 that is their minimum with 0: all tiles are requested at once. Narrow rows are faster without, in fewer registers.
+    """
     IN_FLIGHT: tl.constexpr = len(tiles)
     BLOCK_N: tl.constexpr = tiles[0].shape[0]
     BLOCK_K: tl.constexpr = tiles[0].shape[1]
@@ -120,31 +127,57 @@ def _multiply_one_by_one(X_ptr, x_stride, M, norm_tiles, eps, Row_ptrs, tiles, K
     # The columns that a thread loads at once are added up without leaving it.
     FOLD: tl.constexpr = min(BLOCK_K, 128 // X_ptr.dtype.element_ty.primitive_bitwidth)
     x_ptrs = ()
-    scales = ()
+    squares = ()
     sums = ()
     for row in tl.static_range(BLOCK_M):
         row_ptr = _row_start(X_ptr, x_stride, row, M, Index_ptr) + tl.zeros([1, 1], tl.int32)
         x_ptrs = x_ptrs + (row_ptr,)
-        scales = scales + (_rms_scale(row_ptr, norm_tiles, eps, K, BLOCK_K),)
+        if len(norm_tiles) > 0:
+            squares = squares + (_sum_squares(row_ptr, K, BLOCK_K, FOLD),)
         sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // FOLD], tl.float32),)
     for tile in tl.static_range(N_TILES):
         w = tiles[tile].to(tl.float32)
         new_sums = ()
         for row in tl.static_range(BLOCK_M):
-            x = _load_normed(x_ptrs[row], scales[row], norm_tiles, tile, K, BLOCK_K).to(tl.float32)
+            x = _load_tile(x_ptrs[row], tile, K, BLOCK_K, "").to(tl.float32)
+            if len(norm_tiles) > 0:
+                norm = norm_tiles[tile].to(tl.float32)
+                if tile == 0 and K > WIDE:
+                    norm = tl.reshape(tl.reshape(norm, [1, BLOCK_K // FOLD, FOLD]) + tl.minimum(squares[row], 0.0)[:, :, None], [1, BLOCK_K])
+                x *= norm
             products = tl.reshape(w * x, [BLOCK_N, BLOCK_K // FOLD, FOLD])
             new_sums = new_sums + (sums[row] + tl.sum(products, axis=2),)
         sums = new_sums
         if tile + IN_FLIGHT < N_TILES:
             tiles = tiles + (_load_tile(Row_ptrs, tile + IN_FLIGHT, K, BLOCK_K, "evict_first"),)
+    products = _add_up(sums)
+    if len(norm_tiles) > 0:
+        products *= tl.rsqrt(_add_up(squares) / K + eps)
+    return products
+
+
+@triton.jit
+def _sum_squares(Row_ptr, K: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr):
+    """Return the squares of the row that begins at ``Row_ptr`` ``[1, 1]``, added up to ``[1, BLOCK_K / FOLD]``."""
+    squares = tl.zeros([1, BLOCK_K // FOLD], tl.float32)
+    for tile in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        x = tl.reshape(_load_tile(Row_ptr, tile, K, BLOCK_K, "").to(tl.float32), [1, BLOCK_K // FOLD, FOLD])
+        squares += tl.sum(x * x, axis=2)
+    return squares
+
+
+@triton.jit
+def _add_up(sums):
+    """Return the sums ``[R, M]`` of the columns of ``M`` tensors ``[R, N]``, one for each row of x."""
     # The rows of x are interleaved, so that the reduction over the threads, whose steps are slow, serves all of them at once.
+    BLOCK_M: tl.constexpr = len(sums)
     for _ in tl.static_range(4):
         if len(sums) > 1:
             pairs = ()
             for row in tl.static_range(len(sums) // 2):
                 pairs = pairs + (tl.join(sums[row], sums[row + len(sums) // 2]),)
             sums = pairs
-    return tl.sum(tl.reshape(sums[0], [BLOCK_N, BLOCK_K // FOLD, BLOCK_M]), axis=1)
+    return tl.sum(tl.reshape(sums[0], [sums[0].shape[0], sums[0].shape[1], BLOCK_M]), axis=1)
 
 
 @triton.jit

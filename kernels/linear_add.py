@@ -55,7 +55,6 @@ def _linear_add_kernel(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IN_FLIGHT: tl.constexpr,
     SPLITS: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
-    announce(HAS_PDL)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     readable = tl.minimum(outputs, N - 1)
     row_ptrs = W_ptr + readable.to(tl.int64) * w_stride
@@ -63,6 +62,7 @@ def _linear_add_kernel(
     bias = 0.0
     if Bias_ptr is not None:
         bias = tl.load(Bias_ptr + readable).to(tl.float32)
+    announce(HAS_PDL)  # once the weights are requested: the next kernel's requests come after them
     wait_for_inputs(HAS_PDL)
     rows = tl.arange(0, BLOCK_M)[None, :]
     in_bounds = (outputs < N) & (rows < M)

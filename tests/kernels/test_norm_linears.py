@@ -54,7 +54,7 @@ def test_launch_parameters_do_not_change_results(device, rows, width, block_m, b
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-@pytest.mark.parametrize("width", [2048, 3072])
+@pytest.mark.parametrize("width", [1024, 2048, 3072])
 def test_wide_rows(device, rows, width):
     x, norm_weight = random_tensor(0, (rows, width), torch.bfloat16, device), random_tensor(1, (width,), torch.bfloat16, device)
     weights = [random_tensor(2 + i, (size, width), torch.bfloat16, device) for i, size in enumerate((12, 3, 4))]
@@ -63,13 +63,24 @@ def test_wide_rows(device, rows, width):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [1, 16])
-def test_rounds_the_norm_before_and_after_its_weight(device, dtype, rows):
+def test_rounds_the_norm_of_many_rows_as_rms_norm_and_of_one_only_in_the_result(device, dtype, rows):
     x, norm_weight = random_tensor(0, (rows, 64), dtype, device), random_tensor(1, (64,), dtype, device)
     eye = torch.eye(64, dtype=dtype, device=device)
     (y,) = norm_linears_triton(x, norm_weight, [eye], [None], EPS)
     rounded_once = rms_norm_reference(x.float(), norm_weight.float(), EPS).to(dtype)
-    assert (y == rms_norm_reference(x, norm_weight, EPS)).double().mean() > 0.99
-    assert (y == rounded_once).double().mean() < 0.9
+    expected, other = (rounded_once, rms_norm_reference(x, norm_weight, EPS))[:: 1 if rows == 1 else -1]
+    assert (y == expected).double().mean() > 0.99
+    assert (y == other).double().mean() < 0.9
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("width", [1024, 2048])
+def test_squares_beyond_float16_and_a_row_of_zeros(device, rows, width):
+    x = random_tensor(0, (rows, width), torch.float16, device) * 1e4
+    x[-1, ::2] = 0.0
+    norm_weight, weight = random_tensor(1, (width,), torch.float16, device), random_tensor(2, (6, width), torch.float16, device)
+    check(x, norm_weight, [weight], [None])
+    check(torch.zeros_like(x), norm_weight, [weight], [None])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
