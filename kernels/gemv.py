@@ -19,7 +19,7 @@ from qtts_compile.kernels.rms_norm import check_rms_norm
 from qtts_compile.kernels.rows import with_unit_stride
 
 MAX_ROWS = 16
-WIDE = tl.constexpr(1024)
+WIDE = tl.constexpr(1024)  # columns, beyond which _multiply_one_by_one makes sure that all tiles of x are requested at once
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:

@@ -62,7 +62,8 @@ def _linear_add_kernel(
     bias = 0.0
     if Bias_ptr is not None:
         bias = tl.load(Bias_ptr + readable).to(tl.float32)
-    announce(HAS_PDL)  # once the weights are requested: the next kernel's requests come after them
+    # The next kernel's requests come after this one's. Behind a norm, PTX's compiler converts its weight before the announcement, which waits then.
+    announce(HAS_PDL)
     wait_for_inputs(HAS_PDL)
     rows = tl.arange(0, BLOCK_M)[None, :]
     in_bounds = (outputs < N) & (rows < M)

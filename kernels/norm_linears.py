@@ -34,7 +34,7 @@ def norm_linears(
     """Return ``rms_norm(x, norm_weight, eps) @ weight.T + bias`` for each of one to three ``weights`` ``[N_i, K]`` and ``biases`` ``[N_i]``.
 
     ``x`` is ``[..., K]`` of at most 16 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. The norm is rounded as
-    ``rms_norm``'s or, for a row or two, not at all; products are summed in float32 with the bias and rounded to the dtype, one for all
+    ``rms_norm``'s or, for up to 4 rows, perhaps not at all; products are summed in float32 with the bias and rounded to the dtype, one for all
     arguments. The results ``[..., N_i]`` are contiguous. Weights and biases must be at rest: on a GPU of compute capability 9.0 or later
     they are read before earlier kernels of the stream have ended.
 

@@ -29,8 +29,8 @@ def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor | None, gate_weight: 
     """Return ``silu(n @ gate_weight.T) * (n @ up_weight.T)`` with ``n = rms_norm(x, norm_weight, eps)``.
 
     ``x`` is ``[..., K]`` of at most 16 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. Both weights are
-    ``[N, K]``. The norm is rounded as ``rms_norm``'s or, for a row or two, not at all, the products are summed in float32 and rounded
-    to the dtype, one for all arguments, and the rest is rounded as ``swiglu``'s. The result ``[..., N]`` is contiguous. Weights must be at
+    ``[N, K]``. The norm is rounded as ``rms_norm``'s or, for up to 4 rows, perhaps not at all, the products are summed in float32 and
+    rounded to the dtype, one for all arguments, and the rest is rounded as ``swiglu``'s. The result ``[..., N]`` is contiguous. Weights must be at
     rest, as for ``norm_linears``.
 
     Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for more than 16 rows,

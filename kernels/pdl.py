@@ -1,6 +1,6 @@
 """Programmatic dependent launch: kernels that start, and request their parameters, while the kernel before them still runs.
 
-Each kernel that is launched so announces itself at once and waits in every program, so that the end of one implies the end of all before it.
+Each kernel that is launched so announces itself before it waits, and waits in every program, so that the end of one implies the end of all before it.
 """
 
 import functools
