@@ -27,7 +27,7 @@ from bench.timing import kernel_table, milliseconds
 CLASSES = {
     "attention": r"combine_kernel|qk_norm_rope|kv_(write|read)|rotary|rope|flash|fmha|attention|attn|triton.*(softmax|bmm|index_copy)",
     "gemv": r"norm_linears|norm_swiglu|linear_add|embedding_linear|gemv|gemm|cutlass|nvjet|splitK|xmma|(^|_)(add)?mm(_|$)",
-    "sampling": r"_sample_kernel|topk|sort|radix|argmax|arg_max|multinomial|cumsum|DeviceScan|softmax|exponential|distribution",
+    "sampling": r"_sample_(embedding_)?kernel|topk|sort|radix|argmax|arg_max|multinomial|cumsum|DeviceScan|softmax|exponential|distribution",
 }
 PARTS = ("weights floor", "GEMV overhead", "attention", "sampling", "rest", "idle")
 SHORT, LONG = 4, 12  # frames that are traced

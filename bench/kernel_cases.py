@@ -108,24 +108,30 @@ def _qk_norm(name: str, slots: int, sections: list[int], position: int, attends:
     return KernelCase(name, "qk_norm_rope_attention" if attends else "qk_norm_rope_kv_write", arguments, read_bytes, written=(11, 12))
 
 
-def _sample(name: str, vocabulary: int, is_penalised: bool) -> KernelCase:
+def _sample(name: str, vocabulary: int, is_penalised: bool, width: int | None = None) -> KernelCase:
+    """Return a case of the sampler, which with a ``width`` also looks up the embeddings of what it draws."""
+
     def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
         logits = torch.randn(rows, vocabulary, device=device, dtype=dtype)
         controls = torch.tensor([1.0, 0.9, 50.0, 1.0, 1.05 if is_penalised else 1.0], device=device)
         masks = [torch.rand(rows, vocabulary, device=device) < 0.1 for _ in range(2)] if is_penalised else [None, None]
-        return [(logits, controls, torch.arange(rows, device=device), torch.tensor([3], device=device), *masks)]
+        tables = [] if width is None else [torch.randn(vocabulary, width, device=device, dtype=dtype)]
+        return [(logits, controls, torch.arange(rows, device=device), torch.tensor([3], device=device), *masks, *tables)]
 
-    return KernelCase(name, "sample", arguments, library=_multinomial)
+    return KernelCase(name, "sample" if width is None else "sample_embedding", arguments, library=_multinomial)
 
 
-def _multinomial(logits: Tensor, controls: Tensor, seed: Tensor, offset: Tensor, seen: Tensor | None, blocked: Tensor | None) -> Tensor:
-    """Draw from the 50 likeliest, as transformers' processors do."""
+def _multinomial(
+    logits: Tensor, controls: Tensor, seed: Tensor, offset: Tensor, seen: Tensor | None, blocked: Tensor | None, table: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draw from the 50 likeliest, as transformers' processors do, and look up what was drawn in a table."""
     scores = logits.float()
     if seen is not None and blocked is not None:
         scores = torch.where(seen, torch.where(scores > 0, scores / 1.05, scores * 1.05), scores).masked_fill(blocked, float("-inf"))
     scores = scores / 0.9
     scores = scores.masked_fill(scores < scores.topk(50).values[:, -1:], float("-inf"))
-    return scores.softmax(-1).multinomial(1)[:, 0]
+    tokens = scores.softmax(-1).multinomial(1)[:, 0]
+    return tokens if table is None else (tokens, torch.nn.functional.embedding(tokens, table))
 
 
 def _rows(name: str, op: str, *shapes: tuple[int, ...], eps: bool = True) -> KernelCase:
@@ -153,7 +159,7 @@ def _cases() -> Iterator[KernelCase]:
     yield _qk_norm("talker qk-norm, rotary, kv-write", 2048, SECTIONS, 100)
     yield _qk_norm("predictor qk-norm, rotary, kv-write", 16, [], 8)
     yield _sample("talker sampler", 3072, True)
-    yield _sample("predictor sampler", 2048, False)
+    yield _sample("predictor sampler, embedding", 2048, False, 1024)
 
 
 KERNEL_CASES = {case.name: case for case in _cases()}

@@ -22,8 +22,8 @@ def weight_bytes(talker: Any) -> int:
     Of an embedding a frame reads a row, which does not count.
     """
     predictor = talker.code_predictor
-    once = [talker.model.layers, talker.model.norm, talker.codec_head, predictor.lm_head]
-    each = [predictor.model.layers, predictor.model.norm, predictor.small_to_mtp_projection]
+    once = [talker.model.layers, talker.model.norm, talker.codec_head, predictor.lm_head, predictor.small_to_mtp_projection]
+    each = [predictor.model.layers, predictor.model.norm]
     return _bytes(once) + len(predictor.lm_head) * _bytes(each)
 
 

@@ -3,6 +3,8 @@
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # Triton's stubs type a launch as a call of the kernel itself, without its launch options, and do not know its loops.
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from qtts_compile.kernels.rows import with_unit_stride
 from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 MAX_V = 16384
-GROUPS = tl.constexpr(64)
+MIN_BLOCK = 32
 
 
 def sample(
@@ -37,11 +39,15 @@ def sample(
     - top-k keeps the logits that are not below the k-th largest;
     - top-p drops the least probable tokens whose probabilities add up to at most 1 - top_p, but never all; of equals it drops the lower first
       (transformers: any);
-    - token v is drawn with its probability p among those kept, as the one that maximises p / e for e = -log(u).
+    - token v is drawn with its probability among those kept, as the one whose logit, before the division, plus temperature times -log(-log(u)) is
+      largest (Gumbel, 1954).
 
     The uniform number u of token v depends on nothing but its row's ``seed`` (int64 ``[B]``) and the number of the draw, ``offset`` (int64
     ``[1]``): it is word v % 4 of Philox-4x32-10 (Salmon et al., 2011) with the key ``seed`` and the counter (v // 4, offset). A row is thus
     served alike alone and in any batch; a caller that wants another draw changes ``offset``.
+
+    ``controls``, ``seed`` and ``offset`` must be at rest: on a GPU of compute capability 9.0 or later they are read before earlier kernels of this
+    package in the stream have ended.
 
     Raises ``TypeError`` for a wrong dtype and ``ValueError`` for shapes that do not match, a V outside [1, 16384] or different devices. A
     row whose largest logit is not finite (NaN, or everything blocked) or a temperature that is not positive while sampling is a
@@ -83,22 +89,21 @@ def sample_reference(
     """Compute :func:`sample` in plain PyTorch."""
     do_sample, temperature, top_k, top_p, penalty = controls.tolist()
     width = logits.shape[1]
-    scores = logits.float()
+    x = logits.float()
     if seen is not None:
-        scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+        x = torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x)
     if blocked is not None:
-        scores = scores.masked_fill(blocked, float("-inf"))
-    if do_sample:
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive while sampling, got {temperature}; set do_sample to 0 for greedy decoding")
-        scores = scores / temperature
-    largest = scores.amax(-1, keepdim=True)
+        x = x.masked_fill(blocked, float("-inf"))
+    if do_sample and not temperature > 0:
+        raise ValueError(f"temperature must be positive while sampling, got {temperature}; set do_sample to 0 for greedy decoding")
+    largest = x.amax(-1)
     if not largest.isfinite().all():
-        row = int(largest.isfinite().logical_not().flatten().nonzero()[0])
+        row = int(largest.isfinite().logical_not().nonzero()[0])
         raise ValueError(f"each row must have a finite largest logit among the tokens not blocked, got {largest[row].item()} in row {row}")
     if not do_sample:
-        return scores.argmax(-1)
-    if 0 < top_k < width:
+        return x.argmax(-1)
+    scores = x / temperature
+    if 1 <= top_k < width:
         kth = scores.topk(int(top_k)).values[:, -1:]
         scores = scores.masked_fill(scores < kth, float("-inf"))
     if top_p < 1:
@@ -106,7 +111,8 @@ def sample_reference(
         is_dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         is_dropped[:, -1] = False
         scores = scores.masked_fill(is_dropped.scatter(1, tokens, is_dropped), float("-inf"))
-    return ((scores - largest).exp() / -uniform_reference(seed, offset, width).log()).argmax(-1)
+    noise = -temperature * (-uniform_reference(seed, offset, width).log()).log()
+    return (x + noise).masked_fill(scores == float("-inf"), float("-inf")).argmax(-1)
 
 
 def check_sample(
@@ -146,23 +152,20 @@ def _sortable(x, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _search(keys, weights, target, low, high):
-    """Find the largest key in ``[low, high)`` such that the weights of the entries from it upwards add up to at least ``target``.
-
-    ``low`` must be such a key. Each round weighs the entries from four thresholds upwards, in one reduction, and goes on between two of them.
-    The key returned may be a smaller one if no entry that weighs anything lies between.
-    """
+def _kth_largest(x, k, SHIFT: tl.constexpr):
+    """Return the ``k``-th largest entry of ``x`` ``[BLOCK]``, of which there are at least k."""
+    keys = _sortable(x, SHIFT)
+    low = tl.full([], 0, tl.uint32)
+    high = tl.max(keys, axis=0) + 1
+    # k keys are at least low, and fewer at least high. Each round counts from four thresholds upwards, in one reduction.
     while high - low > 1:
         stride = (high - low + 4) // 5
-        above_12 = tl.join(tl.where(keys >= low + stride, weights, 0), tl.where(keys >= low + 2 * stride, weights, 0))
-        above_34 = tl.join(tl.where(keys >= low + 3 * stride, weights, 0), tl.where(keys >= low + 4 * stride, weights, 0))
-        sums = tl.sum(tl.join(above_12, above_34), axis=0)
-        n_reached = tl.sum(tl.sum((sums >= target).to(tl.uint32), axis=0), axis=0)
-        is_exact = tl.max(tl.max((sums == target).to(tl.int32), axis=0), axis=0)
-        low += n_reached * stride
-        # Once a sum equals the target, only its threshold's own entries are sought.
-        high = tl.where(is_exact > 0, low, tl.minimum(high, low + stride))
-    return low
+        above_12 = tl.join((keys >= low + stride).to(tl.int32), (keys >= low + 2 * stride).to(tl.int32))
+        above_34 = tl.join((keys >= low + 3 * stride).to(tl.int32), (keys >= low + 4 * stride).to(tl.int32))
+        counts = tl.sum(tl.join(above_12, above_34), axis=0)
+        low += tl.sum(tl.sum((counts >= k).to(tl.uint32), axis=0), axis=0) * stride
+        high = tl.minimum(high, low + stride)
+    return tl.min(tl.where(keys >= low, x, float("inf")), axis=0)
 
 
 @triton.jit
@@ -176,73 +179,116 @@ def _uniform(seed, offset, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _race(x, temperature, top_k, top_p, seed, offset, V, BLOCK: tl.constexpr, SHIFT: tl.constexpr):
-    """Return what the winner of the draw maximises: ``p / e`` of the entries that top-k and top-p keep, else -inf."""
-    z = tl.div_rn(x, temperature)
-    group_max = tl.max(tl.reshape(x, [BLOCK // GROUPS, GROUPS]), axis=0)
-    x_max = tl.max(group_max, axis=0)
-    weights = tl.exp(z - tl.div_rn(x_max, temperature))
-    keys = _sortable(x, SHIFT)
-    # Thresholds are sought among the logits, whose keys are short in half precision, and applied to the quotients, which may tie.
-    low = tl.full([], 0, tl.uint32)
-    high = _sortable(x_max, SHIFT) + 1
-    is_kept = weights > 0
-    if (top_k > 0) & (top_k < V):
-        # Every group has an entry that reaches the smallest of the groups' maxima.
-        floor = tl.where(top_k <= GROUPS, _sortable(tl.min(group_max, axis=0), SHIFT), low)
-        low = _search(keys, tl.full([BLOCK], 1, tl.int32), top_k.to(tl.int32), floor, high)
-        is_kept &= z >= tl.min(tl.where(keys >= low, z, float("inf")), axis=0)
-    if top_p < 1.0:
-        kept_weights = tl.where(is_kept, weights, 0.0)
+def _load_logits(Logits_ptr, Seen_ptr, Blocked_ptr, columns, V, penalty):
+    """Load the logits of a row at ``columns``, a number or many, as float32, penalised where seen, and -inf where blocked or beyond V."""
+    in_row = columns < V
+    x = tl.load(Logits_ptr + columns, mask=in_row, other=float("-inf")).to(tl.float32)
+    if Seen_ptr is not None:
+        is_seen = tl.load(Seen_ptr + columns, mask=in_row, other=0).to(tl.int1)
+        x = tl.where(is_seen, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
+    if Blocked_ptr is not None:
+        is_blocked = tl.load(Blocked_ptr + columns, mask=in_row, other=0).to(tl.int1)
+        x = tl.where(is_blocked, float("-inf"), x)
+    return x
+
+
+@triton.jit
+def draw_token(
+    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride, row,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_PDL: tl.constexpr,
+):  # fmt: skip
+    """Wait for the logits and return the token, int32, that :func:`sample` draws from row ``row``, int64, of them.
+
+    A winner of the race that the filters drop shows that all tokens ranked below it are dropped too, and the race is run again among the others:
+    not often, as what is dropped is improbable, while the filters' thresholds would take a search.
+    """
+    Logits_ptr += row * logits_stride
+    if Seen_ptr is not None:
+        Seen_ptr += row * seen_stride
+    if Blocked_ptr is not None:
+        Blocked_ptr += row * blocked_stride
+    columns = tl.arange(0, BLOCK)
+    do_sample = tl.load(Controls_ptr) != 0
+    temperature = tl.load(Controls_ptr + 1)
+    top_k = tl.load(Controls_ptr + 2)
+    top_p = tl.load(Controls_ptr + 3)
+    penalty = tl.load(Controls_ptr + 4)
+    k = tl.where((top_k >= 1) & (top_k < V), top_k, V).to(tl.int32)
+    noise = tl.zeros([BLOCK], tl.float32)
+    if do_sample:  # under a condition, or ptxas moves it behind the wait
+        noise = -temperature * tl.log(-tl.log(_uniform(tl.load(Seed_ptr + row * seed_stride), tl.load(Offset_ptr), BLOCK)))
+    wait_for_inputs(HAS_PDL)
+    x = _load_logits(Logits_ptr, Seen_ptr, Blocked_ptr, columns, V, penalty)
+    # Comparisons would pass over a NaN; an infinity ends in the assert.
+    score = tl.where(x == x, x + noise, float("inf"))
+    # Ranks are those of the quotients, which may tie where float32 logits differ. In half precision they do not.
+    if SHIFT == 0:
+        if do_sample:
+            x = tl.div_rn(x, temperature)
+    weights = tl.zeros([BLOCK], tl.float32)
+    target = 0.0
+    has_top_p = do_sample & (top_p < 1.0)
+    if has_top_p:
+        z = x
+        if SHIFT > 0:
+            z = tl.div_rn(x, temperature)
+        weights = tl.exp(z - tl.max(z, axis=0))
+        weights = tl.where(x >= _kth_largest(x, k, SHIFT), weights, 0.0)
         # Not 0, which no entries at all would reach.
-        target = tl.maximum(top_p * tl.sum(kept_weights, axis=0), 1e-30)
-        low = _search(keys, kept_weights, target, low, high)
-        threshold = tl.min(tl.where(is_kept & (keys >= low), z, float("inf")), axis=0)
-        is_last = (is_kept & (z == threshold)).to(tl.int32)
-        excess = tl.sum(tl.where(z >= threshold, kept_weights, 0.0), axis=0) - target
-        weight = tl.max(tl.where(is_last > 0, weights, 0.0), axis=0)
-        n_dropped = tl.minimum((excess / weight).to(tl.int32), tl.sum(is_last, axis=0) - 1)
-        is_kept &= z >= threshold
-        if n_dropped > 0:
-            is_kept &= (is_last == 0) | (tl.cumsum(is_last, axis=0) > n_dropped)
-    return tl.where(is_kept, weights / -tl.log(_uniform(seed, offset, BLOCK)), float("-inf"))
+        target = tl.maximum(top_p * tl.sum(weights, axis=0), 1e-30)
+    best, token = tl.max(score, axis=0, return_indices=True)
+    is_dropped = do_sample
+    while is_dropped:
+        chosen = _load_logits(Logits_ptr, Seen_ptr, Blocked_ptr, token, V, penalty)
+        if SHIFT == 0:
+            chosen = tl.div_rn(chosen, temperature)
+        outranks = x > chosen
+        is_dropped = tl.sum(outranks.to(tl.int32), axis=0) >= k
+        if has_top_p:
+            outranks |= (x == chosen) & (columns > token)
+            is_dropped |= tl.sum(tl.where(outranks, weights, 0.0), axis=0) >= target
+        if is_dropped:
+            score = tl.where(outranks, score, float("-inf"))
+            best, token = tl.max(score, axis=0, return_indices=True)
+    is_valid = (best > float("-inf")) & (best < float("inf")) & ((temperature > 0) | (do_sample == 0))
+    tl.device_assert(is_valid, "sample: a row's largest logit is not finite, or the temperature is not positive")
+    return token
 
 
 @triton.jit
 def _sample_kernel(
-    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, Token_ptr, V,
-    logits_stride, seed_stride, seen_stride, blocked_stride,
-    BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_SEEN: tl.constexpr, HAS_BLOCKED: tl.constexpr, HAS_PDL: tl.constexpr,
+    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride, Token_ptr,
+    BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
-    wait_for_inputs(HAS_PDL)
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    in_row = columns < V
-    x = tl.load(Logits_ptr + row * logits_stride + columns, mask=in_row, other=float("-inf")).to(tl.float32)
-    do_sample = tl.load(Controls_ptr)
-    temperature = tl.load(Controls_ptr + 1)
-    top_k = tl.load(Controls_ptr + 2)
-    top_p = tl.load(Controls_ptr + 3)
-    seed = tl.load(Seed_ptr + row * seed_stride)
-    offset = tl.load(Offset_ptr)
-    if HAS_SEEN:
-        penalty = tl.load(Controls_ptr + 4)
-        is_seen = tl.load(Seen_ptr + row * seen_stride + columns, mask=in_row, other=0).to(tl.int1)
-        x = tl.where(is_seen, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
-    if HAS_BLOCKED:
-        is_blocked = tl.load(Blocked_ptr + row * blocked_stride + columns, mask=in_row, other=0).to(tl.int1)
-        x = tl.where(is_blocked, float("-inf"), x)
-    # Comparisons would pass over a NaN; an infinity ends in the assert.
-    score = tl.where(x == x, x, float("inf"))
-    is_valid = True
-    if do_sample != 0:
-        score = _race(score, temperature, top_k, top_p, seed, offset, V, BLOCK, SHIFT)
-        is_valid = temperature > 0
-    best, token = tl.max(score, axis=0, return_indices=True)
-    is_valid = is_valid & (best > float("-inf")) & (best < float("inf"))
-    tl.device_assert(is_valid, "sample: a row's largest logit is not finite, or the temperature is not positive")
+    token = draw_token(
+        Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride, row,
+        BLOCK, SHIFT, HAS_PDL,
+    )  # fmt: skip
     tl.store(Token_ptr + row, token.to(tl.int64))
+
+
+def draw_arguments(
+    logits: torch.Tensor,
+    controls: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    seen: torch.Tensor | None,
+    blocked: torch.Tensor | None,
+    num_warps: int | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments and launch options that a kernel needs for :func:`draw_token`; ``num_warps`` overrides what is chosen from V."""
+    width, pdl = logits.shape[1], has_pdl(logits.device)
+    logits = with_unit_stride(logits)
+    seen, blocked = (None if mask is None else with_unit_stride(mask) for mask in (seen, blocked))
+    block = max(MIN_BLOCK, next_power_of_2(width))
+    # A penalised logit has the bits of a float32.
+    shift = 0 if seen is not None else {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype]
+    strides = logits.stride(0), seed.stride(0), *(0 if mask is None else mask.stride(0) for mask in (seen, blocked))
+    options = dict(BLOCK=block, SHIFT=shift, HAS_PDL=pdl, launch_pdl=pdl, debug=True, sanitize_overflow=False)
+    options["num_warps"] = num_warps or max(1, min(16, block // 256))
+    return (logits, controls.contiguous(), seed, offset, seen, blocked, width, *strides), options
 
 
 def sample_triton(
@@ -251,20 +297,9 @@ def sample_triton(
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernel of :func:`sample`; ``num_warps`` overrides what is chosen from V."""
     tokens = sample_fake(logits, controls, seed, offset, seen, blocked)
-    if tokens.numel() == 0:
-        return tokens
-    batch, width = logits.shape
-    logits = with_unit_stride(logits)
-    seen, blocked = (None if mask is None else with_unit_stride(mask) for mask in (seen, blocked))
-    block = max(GROUPS.value, next_power_of_2(width))
-    # A penalised logit has the bits of a float32.
-    shift = 0 if seen is not None else {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype]
-    _sample_kernel[(batch,)](
-        logits, controls.contiguous(), seed, offset, seen, blocked, tokens, width,
-        logits.stride(0), seed.stride(0), 0 if seen is None else seen.stride(0), 0 if blocked is None else blocked.stride(0),
-        BLOCK=block, SHIFT=shift, HAS_SEEN=seen is not None, HAS_BLOCKED=blocked is not None, HAS_PDL=has_pdl(logits.device),
-        num_warps=num_warps or max(1, min(16, block // 256)), debug=True, sanitize_overflow=False, launch_pdl=has_pdl(logits.device),
-    )  # fmt: skip
+    if tokens.numel() > 0:
+        arguments, options = draw_arguments(logits, controls, seed, offset, seen, blocked, num_warps)
+        _sample_kernel[(logits.shape[0],)](*arguments, tokens, **options)
     return tokens
 
 

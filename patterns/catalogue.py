@@ -16,6 +16,7 @@ from qtts_compile.patterns.fuse import (
     qk_norm_rope_kv_write,
     qk_norm_rope_quantized_attention,
     rotary_qk,
+    sample_embedding,
 )
 from qtts_compile.patterns.lift import attention, kv_write, rms_norm, rotary, swiglu
 
@@ -36,6 +37,7 @@ FUSE = (
     norm_swiglu,
     linear_add,
     embedding_linear,
+    sample_embedding,
     norm_linears,
     add_rms_norm,
     rotary_qk,
@@ -58,6 +60,7 @@ OPS = {
     "norm_swiglu": "norm_swiglu",
     "linear_add": "linear_add",
     "embedding_linear": "embedding_linear",
+    "sample_embedding": "sample_embedding",
 }
 for _module in dict.fromkeys(OPS.values()):
     importlib.import_module(f"qtts_compile.kernels.{_module.removesuffix('_qk')}")

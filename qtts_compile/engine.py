@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qtts_compile.cache import StaticKVCache
-from qtts_compile.frame import Frame, Prompt, SpeechState
+from qtts_compile.code_embeddings import CodeEmbeddings
+from qtts_compile.frame import STRETCH, Frame, Prompt, SpeechState
 from qtts_compile.launcher import Launcher
 from qtts_compile.regions import Stack
 from qtts_compile.sampling import Settings
@@ -37,9 +38,11 @@ class PromptInputs:
     text: Tensor
     pad: Tensor
 
-    def for_frame(self, frame: int) -> Tensor:
-        """Return the text ``[B, 1, H]`` that a frame hears."""
-        return self.text[:, frame : frame + 1] if frame < self.text.shape[1] else self.pad.expand(len(self.text), -1, -1)
+    def write_text(self, frame: int, text: Tensor) -> None:
+        """Write what frames hear from ``frame`` on into ``text`` ``[B, frames, H]``."""
+        known = self.text[:, frame : frame + text.shape[1]]
+        text[:, : known.shape[1]] = known
+        text[:, known.shape[1] :] = self.pad
 
     def padded_to(self, batch: int, length: int) -> PromptInputs:
         """Repeat the first row up to ``batch`` rows and add slots at the right up to ``length``."""
@@ -76,7 +79,7 @@ class Engine:
         self.talker, self.max_seq_len, self.kv_cache, self.protect = talker, max_seq_len, kv_cache, protect
         self.launcher = launcher or Launcher(next(talker.parameters()).device)
         self._runners: dict[int, Runner] = {}
-        self._stacks: tuple[Stack, Stack] | None = None
+        self._shared: tuple[Stack, Stack, CodeEmbeddings] | None = None
 
     @property
     def max_batch_size(self) -> int:
@@ -106,33 +109,44 @@ class Engine:
         if batch not in self._runners:
             with torch.inference_mode(False):
                 state = SpeechState(self.talker, batch, self.max_seq_len, self.kv_cache, self.protect)
-                self._runners[batch] = Runner(self.talker, state, self._shared_stacks(), self.launcher)
+                self._runners[batch] = Runner(self.talker, state, self._share(), self.launcher)
         runner = self._runners[batch]
         inputs = inputs.padded_to(batch, min(padded_length(length), self.max_seq_len))
         runner.state.reset(settings, inputs.mask.argmax(1), torch.tensor([*seeds, *[0] * (batch - rows)]))
+        runner.embeddings.refresh()
         runner.read(inputs.embeds, torch.tensor([length], device=inputs.embeds.device))
         return Speech(runner, inputs, settings, rows, length)
 
-    def _shared_stacks(self) -> tuple[Stack, Stack]:
-        """Return the layers of the talker and of the code predictor, which all batch sizes share."""
-        if self._stacks is None:
+    def _share(self) -> tuple[Stack, Stack, CodeEmbeddings]:
+        """Return what all batch sizes share: the layers of the talker, those of the code predictor, and what that reads of its own codes."""
+        if self._shared is None:
             launcher, predictor = self.launcher, self.talker.code_predictor
             compile = launcher.compile if launcher.compiles else None
             split = "layers" not in launcher.options  # that option tells layers apart
-            self._stacks = (
+            self._shared = (
                 Stack(self.talker.model, 3, self.max_seq_len, compile, split),
                 Stack(predictor.model, 1, self.talker.config.num_code_groups, compile, split),
+                CodeEmbeddings(predictor),
             )
-        return self._stacks
+        return self._shared
 
 
 class Runner:
     """The memory of one batch size, and what runs in it."""
 
-    def __init__(self, talker: Any, state: SpeechState, stacks: tuple[Stack, Stack], launcher: Launcher) -> None:
-        self.state = state
-        self.read = launcher.wrap(Prompt(talker, state, stacks[0], launcher.compile))
-        self.speak = launcher.wrap(Frame(talker, state, *stacks, launcher.compile))
+    def __init__(self, talker: Any, state: SpeechState, shared: tuple[Stack, Stack, CodeEmbeddings], launcher: Launcher) -> None:
+        self.state, self.embeddings = state, shared[2]
+        prompt, frame = Prompt(talker, state, shared[0], launcher.compile), Frame(talker, state, *shared, launcher.compile)
+
+        def read(embeds: Tensor, length: Tensor) -> None:
+            prompt(embeds, length)
+            state.fetch()
+
+        def speak() -> None:
+            frame()
+            state.fetch()
+
+        self.read, self.speak = launcher.wrap(read), launcher.wrap(speak)
 
 
 class Speech:
@@ -150,9 +164,7 @@ class Speech:
         self._limited_by: EndReason = "max_new_tokens" if self._limit == settings.max_new_tokens - 1 else "max_seq_len"
         self._ends: list[int | None] = [None] * rows
         self.frames = 0
-        cuda = state.token.device.type == "cuda"
-        self._tokens = torch.zeros(2, state.batch, dtype=torch.long, pin_memory=cuda)
-        self._fetched = [torch.cuda.Event() for _ in range(2)] if cuda else []
+        self._fetched = [torch.cuda.Event() for _ in range(2)] if state.chosen.is_cuda else []
 
     @property
     def codes(self) -> Tensor:
@@ -184,11 +196,11 @@ class Speech:
     def __iter__(self) -> Iterator[int]:
         if None not in self._ends:
             return
-        self._fetch(self.frames)
+        self._launched(self.frames)
         for frame in range(self.frames, self._limit):
-            self._state.text.copy_(self._inputs.for_frame(frame))
+            self._give_text(frame)
             self._speak()
-            self._fetch(frame + 1)
+            self._launched(frame + 1)
             if self._ended(frame):
                 return
             self.frames = frame + 1
@@ -196,11 +208,15 @@ class Speech:
         self._ended(self._limit)
 
     @torch.inference_mode()
-    def _fetch(self, index: int) -> None:
-        """Start to copy token number ``index`` of every row to the host."""
-        self._tokens[index % 2].copy_(self._state.token[:, 0], non_blocking=True)
+    def _give_text(self, frame: int) -> None:
+        """Have the text of a frame on the device, and with it that of the frames after it."""
+        if frame % STRETCH == 0:
+            self._inputs.write_text(frame, self._state.text)
+
+    def _launched(self, index: int) -> None:
+        """Note that all is launched that brings token number ``index`` of every row to the host."""
         if self._fetched:
-            self._fetched[index % 2].record(torch.cuda.current_stream(self._state.token.device))
+            self._fetched[index % 2].record(torch.cuda.current_stream(self._state.chosen.device))
 
     def _ended(self, index: int) -> bool:
         """Note the rows whose token number ``index`` ends speech, and tell whether all rows have ended.
@@ -209,7 +225,7 @@ class Speech:
         """
         if self._fetched:
             self._fetched[index % 2].synchronize()
-        for row, token in enumerate(self._tokens[index % 2, : len(self._ends)].tolist()):
+        for row, token in enumerate(self._state.fetched[index % 2, : len(self._ends)].tolist()):
             if self._ends[row] is None and token == self.settings.eos_token_id:
                 self._ends[row] = index
         return None not in self._ends

@@ -10,28 +10,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtts_compile.cache import StaticKVCache, add_buffer
+from qtts_compile.code_embeddings import CodeEmbeddings
 from qtts_compile.kernels.sample import sample
 from qtts_compile.launcher import mark_varying
 from qtts_compile.regions import Angles, Compile, Stack
 from qtts_compile.sampling import Settings
 from qtts_compile.turboquant_cache import Protect, make_cache
 
+STRETCH = 64  # frames whose text is on the device at once
+
 
 class SpeechState(nn.Module):
     """The device memory of ``batch`` utterances spoken together, the talker's cache (:func:`make_cache`) among it.
 
-    Buffers: ``text`` ``[B, 1, H]`` what the talker hears in the next frame; ``hidden`` ``[B, 1, H]`` its last hidden state; ``token`` ``[B, 1]``
-    the code it chose last; ``codes`` ``[B, slots, groups]`` the frames so far; ``position`` ``[1]`` the next cache slot; ``frame`` ``[1]`` the
-    next frame; ``start`` ``[B]`` the first slot of a row that is not padding; ``seen``, ``suppressed``, ``ending`` ``[B or 1, V]`` tokens chosen
-    before, never chosen, and ending speech; ``min_new_tokens`` ``[1]``; ``seed`` ``[B]``; ``controls``, ``sub_controls`` ``[5]`` of the samplers.
+    Buffers: ``text`` ``[B, STRETCH, H]`` what the talker hears, frame f at f modulo :data:`STRETCH`; ``hidden`` ``[B, 1, H]`` its last hidden
+    state; ``chosen`` ``[2, B]`` the last two codes it chose, number n at n modulo 2; ``codes`` ``[B, slots, groups]`` the frames so far;
+    ``position`` ``[1]`` the next cache slot; ``frame`` ``[1]`` the next frame; ``start`` ``[B]`` the first slot of a row that is not padding;
+    ``seen``, ``suppressed``, ``ending`` ``[B or 1, V]`` tokens chosen before, never chosen, and ending speech; ``min_new_tokens`` ``[1]``;
+    ``seed`` ``[B]``; ``controls``, ``sub_controls`` ``[5]`` of the samplers.
+
+    Attributes:
+        fetched: ``chosen`` in the host's memory, after :meth:`fetch`.
     """
 
     text: Tensor
     hidden: Tensor
-    token: Tensor
+    chosen: Tensor
     codes: Tensor
     position: Tensor
     frame: Tensor
@@ -50,9 +58,9 @@ class SpeechState(nn.Module):
         dtype, device = parameter.dtype, parameter.device
         self.batch, self.slots, self.groups, self.vocabulary = batch, slots, config.num_code_groups, config.vocab_size
         self.sub_cache = StaticKVCache(config.code_predictor_config, batch, self.groups, dtype, device)
-        for name in ("text", "hidden"):
-            add_buffer(self, name, (batch, 1, config.hidden_size), dtype, device)
-        for name, shape in {"token": (batch, 1), "codes": (batch, slots, self.groups), "start": (batch,), "seed": (batch,)}.items():
+        for name, length in {"text": STRETCH, "hidden": 1}.items():
+            add_buffer(self, name, (batch, length, config.hidden_size), dtype, device)
+        for name, shape in {"chosen": (2, batch), "codes": (batch, slots, self.groups), "start": (batch,), "seed": (batch,)}.items():
             add_buffer(self, name, shape, torch.long, device)
         self.cache = make_cache(config, batch, slots, dtype, self.start, kv_cache, protect)
         for name in ("position", "frame", "min_new_tokens"):
@@ -61,6 +69,16 @@ class SpeechState(nn.Module):
             add_buffer(self, name, (rows, self.vocabulary), torch.bool, device)
         for name in ("controls", "sub_controls"):
             add_buffer(self, name, (5,), torch.float32, device)
+        self.fetched = torch.zeros(2, batch, dtype=torch.long, pin_memory=device.type == "cuda")
+
+    @property
+    def token(self) -> Tensor:
+        """The code ``[B, 1]`` that the talker chose for the next frame."""
+        return self.chosen.index_select(0, self.frame % 2).T
+
+    def fetch(self) -> None:
+        """Start to copy the codes that the talker chose to the host. What is there of the last but one does not change meanwhile."""
+        self.fetched.copy_(self.chosen, non_blocking=True)
 
     def reset(self, settings: Settings, start: Tensor, seeds: Tensor) -> None:
         """Begin utterances whose prompts have their first token at slot ``start`` ``[B]`` int64, drawn with ``seeds`` ``[B]`` int64."""
@@ -80,9 +98,9 @@ class SpeechState(nn.Module):
         """Choose the talker's token number ``index`` ``[1]`` from ``logits`` ``[B, V]`` and remember it."""
         blocked = self.suppressed | (self.ending & (index < self.min_new_tokens))
         blocked = blocked.expand(self.batch, -1)
-        token = sample(logits, self.controls, self.seed, index * self.groups, self.seen, blocked)[:, None]
-        self.seen.scatter_(1, token, True)
-        self.token.copy_(token)
+        token = sample(logits, self.controls, self.seed, index * self.groups, self.seen, blocked)
+        self.seen.scatter_(1, token[:, None], True)
+        self.chosen.index_copy_(0, index % 2, token[None])
 
 
 class Prompt(nn.Module):
@@ -140,15 +158,24 @@ class Frame(nn.Module):
         state: the utterances.
         stack: the talker's layers.
         predictor: the code predictor's layers.
+        embeddings: what the code predictor reads of its own codes.
         compile: compiles a part of the frame.
     """
 
     slots: Tensor
 
-    def __init__(self, talker: Any, state: SpeechState, stack: Stack, predictor: Stack, compile: Compile = lambda part: part) -> None:
+    def __init__(
+        self,
+        talker: Any,
+        state: SpeechState,
+        stack: Stack,
+        predictor: Stack,
+        embeddings: CodeEmbeddings,
+        compile: Compile = lambda part: part,
+    ) -> None:
         super().__init__()
-        self.talker, self.state, self.stack, self.predictor = talker, state, stack, predictor
-        self.register_buffer("slots", torch.arange(state.slots, device=state.token.device), persistent=False)
+        self.talker, self.state, self.stack, self.predictor, self.embeddings = talker, state, stack, predictor, embeddings
+        self.register_buffer("slots", torch.arange(state.slots, device=state.chosen.device), persistent=False)
         self._passes = [self._pass(group) for group in range(1, state.groups)]
         self._open, self._choose = compile(self.open), compile(self.choose)
         self._hear, self._close = compile(self.hear), compile(self.close)
@@ -163,14 +190,13 @@ class Frame(nn.Module):
         return slots, mask[None, None], slots[None], self.predictor.angles(slots[None])
 
     def forward(self) -> None:
-        """Speak one frame while the talker hears ``state.text``."""
-        predictor, state = self.talker.code_predictor, self.state
-        heads, embeddings = predictor.lm_head, predictor.get_input_embeddings()
+        """Speak one frame while the talker hears ``state.text`` of it."""
+        state, heads = self.state, self.talker.code_predictor.lm_head
         inputs, draws = self._open()
         codes = []
-        for draw, (slots, mask, positions, angles), head, embedding in zip(draws, self._passes, heads, embeddings):
+        for draw, (slots, mask, positions, angles), head, table in zip(draws, self._passes, heads, self.embeddings.tables):
             hidden = self.predictor(inputs, mask, positions, angles, state.sub_cache.step(slots))
-            code, inputs = self._choose(hidden, draw[:1], head, embedding)
+            code, inputs = self._choose(hidden, draw[:1], head, table)
             codes.append(code)
         heard, mask, positions, angles = self._hear(codes)
         self._close(self.stack(heard, mask, positions, angles, state.cache.step(state.position)))
@@ -185,14 +211,14 @@ class Frame(nn.Module):
         draws = state.frame * groups + torch.arange(1, groups, device=embed.device)
         return self.talker.code_predictor.small_to_mtp_projection(torch.cat((state.hidden, embed), 1)), draws[:, None].repeat(1, 2)
 
-    def choose(self, hidden: Tensor, draw: Tensor, head: nn.Module, embedding: nn.Module) -> tuple[Tensor, Tensor]:
+    def choose(self, hidden: Tensor, draw: Tensor, head: nn.Module, table: Tensor) -> tuple[Tensor, Tensor]:
         """Choose a code ``[B, 1]`` by ``draw`` ``[1]`` after the predictor's ``hidden`` states ``[B, T, H']``, and return it.
 
-        With it comes what the predictor reads next ``[B, 1, H']``.
+        With it comes what the predictor reads next ``[B, 1, H']``, from ``table`` ``[V, H']``.
         """
         logits = head(self.predictor.norm(hidden[:, -1]))
         code = sample(logits, self.state.sub_controls, self.state.seed, draw)[:, None]
-        return code, self.talker.code_predictor.small_to_mtp_projection(embedding(code))
+        return code, F.embedding(code, table)
 
     def hear(self, codes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
         """Store the frame's ``codes``, of which the talker chose the first, and return what the talker hears: the sum of all their embeddings.
@@ -204,10 +230,11 @@ class Frame(nn.Module):
         state.codes.index_copy_(1, state.frame, torch.cat(codes, 1)[:, None])
         embeddings = self.talker.get_input_embeddings(), *self.talker.code_predictor.get_input_embeddings()
         # Added up in float32 and rounded once, as a sum over the codes is, but in a form that becomes one kernel with all the look-ups.
-        total = torch.zeros_like(state.text, dtype=torch.float32)
+        text = state.text.index_select(1, state.frame % STRETCH)
+        total = torch.zeros_like(text, dtype=torch.float32)
         for embedding, code in zip(embeddings, codes):
             total = total + embedding(code)
-        heard = total.to(state.text.dtype) + state.text
+        heard = total.to(text.dtype) + text
         mask = (self.slots <= position) & (self.slots >= state.start[:, None])
         positions = (position - state.start)[:, None]
         return heard, mask[:, None, None], positions, self.stack.angles(positions)

@@ -22,6 +22,7 @@ from qtts_compile.kernels.qk_norm_rope_attention import _qk_norm_rope_attention_
 from qtts_compile.kernels.qk_norm_rope_kv_write import _qk_norm_rope_kv_write_kernel
 from qtts_compile.kernels.qk_norm_rope_quantized_attention import _qk_norm_rope_quantized_attention_kernel
 from qtts_compile.kernels.sample import _sample_kernel
+from qtts_compile.kernels.sample_embedding import _sample_embedding_kernel
 from qtts_compile.kernels.turboquant.read import _quantized_kv_read_kernel
 from qtts_compile.kernels.turboquant.write import _quantized_kv_write_kernel
 
@@ -183,6 +184,7 @@ def test_commands_are_shown_without_where_they_wrote():
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "attention"),
         ("triton_per_fused__softmax_bmm_clone_9", "attention"),
         (_sample_kernel.__name__, "sampling"),
+        (_sample_embedding_kernel.__name__, "sampling"),
         ("void at::native::sbtopk::gatherTopK<float, unsigned int, 2>", "sampling"),
         ("void at_cuda_detail::cub::DeviceRadixSortOnesweepKernel", "sampling"),
         ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 11>", "sampling"),

@@ -124,7 +124,14 @@ def test_a_frame_reads_the_published_weights_and_its_cache(size, talker, predict
 
 
 def test_kernels_are_checked_and_timed(run):  # noqa: F811
-    names = ["predictor o", "predictor attention", "predictor qk-norm, rotary, kv-write", "predictor sampler", "predictor norm"]
+    names = [
+        "predictor o",
+        "predictor attention",
+        "predictor qk-norm, rotary, kv-write",
+        "predictor sampler, embedding",
+        "talker sampler",
+        "predictor norm",
+    ]
     for count in (1, 2):
         kernels(run, count, names)
     rows = written(run)

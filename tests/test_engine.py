@@ -1,5 +1,6 @@
 """The engine: codes equal to transformers' own generate, ends of speech, limits, batches, and the frame as one rewritten graph."""
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from models.generation import CODES, END_OF_SPEECH
 from rewriting import expected_kernels, kernels
 
 from qtts_compile import collect
+from qtts_compile.code_embeddings import CodeEmbeddings
 from qtts_compile.engine import Engine, PromptInputs, padded_length
 from qtts_compile.frame import Frame, SpeechState
 from qtts_compile.launcher import Launcher
@@ -163,6 +165,30 @@ def test_a_new_speech_starts_afresh(talker, engine):
     assert torch.equal(speak(engine, prompt(talker, [9]), settings()).codes, first)
 
 
+@pytest.mark.parametrize("size", ["1.7b", "0.6b"])
+def test_weights_that_change_between_speeches_are_read_anew(size):
+    talker = build_talker(size)
+    engine = Engine(talker, max_seq_len=64)
+    before = speak(engine, prompt(talker, [9]), settings()).codes.clone()
+    with torch.no_grad():
+        for parameter in talker.code_predictor.parameters():
+            parameter.mul_(-1.5)
+    after = speak(engine, prompt(talker, [9]), settings()).codes
+    assert not torch.equal(after, before)
+    assert torch.equal(after, speak(Engine(talker, max_seq_len=64), prompt(talker, [9]), settings()).codes)
+
+
+def test_embeddings_that_are_no_plain_table_are_called():
+    talker = build_talker("0.6b")
+    scaled = copy.deepcopy(talker)
+    for embedding in talker.code_predictor.get_input_embeddings():
+        embedding.register_forward_hook(lambda module, arguments, result: 0.5 * result)
+    for embedding in scaled.code_predictor.get_input_embeddings():
+        embedding.weight.data.mul_(0.5)
+    codes = speak(Engine(talker, max_seq_len=64), prompt(talker, [9]), settings()).codes
+    assert torch.equal(codes, speak(Engine(scaled, max_seq_len=64), prompt(talker, [9]), settings()).codes)
+
+
 def test_wrong_calls_are_refused(talker, engine):
     with pytest.raises(ValueError, match="33 utterances.*at most 32"):
         engine.start(prompt(talker, [2] * 33), settings(), [0] * 33)
@@ -199,7 +225,7 @@ def test_the_layers_of_a_frame_are_rewritten_once(lengths, size):
     assert kernels(step) == expected_kernels(stack, "decode", "static", rows) - FINAL_NORM
     assert kernels(opened) == Counter(norm_linears=projects)
     # The final norm goes into the predictor's heads, which alone read it; the talker's is part of the next frame as well.
-    assert kernels(first_code) == kernels(code) == Counter(norm_linears=1, embedding_linear=projects)
+    assert kernels(first_code) == kernels(code) == Counter(norm_linears=1, sample_embedding=1)
     assert kernels(chosen) == kernels(closed) == FINAL_NORM + Counter(norm_linears=1)
 
 
@@ -223,7 +249,8 @@ def test_a_range_of_layers_is_rewritten_in_stacks_compiled_whole():
 def test_a_frame_can_be_compiled_as_one_function():
     talker = build_talker("0.6b")
     torch.compiler.reset()
-    frame = Frame(talker, SpeechState(talker, 1, 32), Stack(talker.model, 3, 32), Stack(talker.code_predictor.model, 1, 16))
+    stacks = Stack(talker.model, 3, 32), Stack(talker.code_predictor.model, 1, 16)
+    frame = Frame(talker, SpeechState(talker, 1, 32), *stacks, CodeEmbeddings(talker.code_predictor))
     with collect() as report, torch.inference_mode():
         torch.compile(frame, backend="qtts", fullgraph=True, options={"executor": "eager", "strict": True})()
     assert len(report.graphs) == 1 and report.lifted["attention"] == (GROUPS - 1) * case("predictor").layers + case("talker-0.6b").layers

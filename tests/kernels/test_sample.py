@@ -183,7 +183,6 @@ def test_the_kept_set_is_that_of_transformers(device, launch, top_k, top_p, kind
 
 @pytest.mark.parametrize("top_k", [1, 63, 64, 65, 100, 255])
 def test_the_last_kept_and_the_first_dropped(device, top_k):
-    # Ascending logits: the 64 groups whose maxima bound the k-th largest from below have the last 64 tokens as maxima.
     logits = torch.linspace(-0.1, 0.1, 256)
     last = 256 - top_k
     won_by = seeds_won_by(logits, [last, last - 1])
