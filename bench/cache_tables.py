@@ -9,10 +9,10 @@ from bench.registry import MODES
 from bench.result_files import Results, markdown
 
 
-def caches(results: Results) -> str:
-    """Frames over each kind of cache, what they read of it and what it takes."""
+def caches(results: Results, least_texts: int = 1) -> str:
+    """Frames over each kind of cache, what they read of it and what it takes, of at least so many texts together."""
     rows = []
-    for row in (row for row in results.rows if "ms_per_frame" in row and "cache" in row["figures"]):
+    for row in (row for row in results.rows if "ms_per_frame" in row and "cache" in row["figures"] and row["batch"] >= least_texts):
         figures = {label: figure["median"] for label, figure in row["figures"].items()}
         place = [str(row["batch"]), str(row["slots"]), row["row"].split()[3]]
         numbers = [f"{figures['frame']:.2f}", f"{figures['floor']:.2f}", f"{figures['keys and values read']:.0f}", f"{figures['cache']:.0f}"]

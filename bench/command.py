@@ -7,6 +7,7 @@ speed if that fails; the command then ends with status 1. Random weights at the 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ def jobs_of(arguments: argparse.Namespace) -> dict[str, Job]:
 def main(argv: Sequence[str]) -> int:
     """Run from the command line; return 0, or 1 if a row failed."""
     arguments = arguments_of(argv)
-    return min(1, run(arguments, jobs_of(arguments), "qtts bench " + " ".join(argv)))
+    return min(1, run(arguments, jobs_of(arguments), "qtts bench " + shlex.join(argv)))
 
 
 def _listed(values: Sequence[int]) -> str:

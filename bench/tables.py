@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from bench import cache_tables, kernel_tables, speech_tables
 from bench.result_files import Results
@@ -20,6 +21,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "boundaries": kernel_tables.boundaries,
     "kernels": kernel_tables.kernels,
     "caches": cache_tables.caches,
+    "caches-of-batches": partial(cache_tables.caches, least_texts=2),
     "quantized-attention": cache_tables.quantized_attention,
     "layers": cache_tables.layers,
     "quality": cache_tables.quality,

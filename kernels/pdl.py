@@ -28,7 +28,8 @@ def announce(HAS_PDL: tl.constexpr):
 def wait_for_inputs(HAS_PDL: tl.constexpr):
     """Wait until all earlier kernels have ended. Before that, a program writes nothing, and reads only what no kernel that announces itself writes.
 
-    Those are parameters, and positions: a kernel of another package has ended, as it does not announce itself, when the one after it begins.
+    Those are parameters, positions, and the settings and numbers of draws: a kernel of another package has ended, as it does not announce itself,
+    when the one after it begins.
     """
     if HAS_PDL:
         gdc_wait()

@@ -23,22 +23,27 @@ class CodeEmbeddings:
 
     def __init__(self, predictor: Any) -> None:
         self._projection, self._embeddings = predictor.small_to_mtp_projection, list(predictor.get_input_embeddings())
-        self._are_own = isinstance(self._projection, nn.Identity) and all(map(_is_plain, self._embeddings))
-        weight = next(predictor.parameters())
-        self._codes = torch.arange(predictor.config.vocab_size, device=weight.device)
+        self._are_plain = all(_is_plain(embedding, nn.Embedding) and embedding.max_norm is None for embedding in self._embeddings)
+        self._are_own = self._are_plain and _is_plain(self._projection, nn.Identity)
+        self._codes = torch.arange(predictor.config.vocab_size, device=next(predictor.parameters()).device)
         with torch.inference_mode(False), torch.no_grad():
             self.tables: list[Tensor] = [embedding.weight.detach() if self._are_own else self._project(embedding) for embedding in self._embeddings]
 
     def refresh(self) -> None:
         """Compute the tables again, in place: weights may have changed since."""
-        if not self._are_own:
-            for table, embedding in zip(self.tables, self._embeddings):
+        if self._are_own:
+            return
+        for table, embedding in zip(self.tables, self._embeddings):
+            if self._are_plain and _is_plain(self._projection, nn.Linear) and self._projection.bias is not None:
+                # What the module does, in one launch: the first audio waits for it.
+                torch.addmm(self._projection.bias, embedding.weight[: len(self._codes)], self._projection.weight.T, out=table)
+            else:
                 table.copy_(self._project(embedding))
 
     def _project(self, embedding: nn.Module) -> Tensor:
         return self._projection(embedding(self._codes))
 
 
-def _is_plain(embedding: nn.Module) -> bool:
-    """Tell whether a module does nothing but look up rows of its weight."""
-    return type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding._forward_hooks and not embedding._forward_pre_hooks
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether a module is of this very class and nothing is hooked to it."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks

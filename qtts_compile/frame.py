@@ -94,11 +94,11 @@ class SpeechState(nn.Module):
         self.controls.copy_(settings.talker.controls())
         self.sub_controls.copy_(settings.subtalker.controls())
 
-    def choose(self, logits: Tensor, index: Tensor) -> None:
-        """Choose the talker's token number ``index`` ``[1]`` from ``logits`` ``[B, V]`` and remember it."""
+    def choose(self, logits: Tensor, index: Tensor, draw: Tensor) -> None:
+        """Choose the talker's token number ``index`` ``[1]`` from ``logits`` ``[B, V]`` by ``draw`` ``[1]``, at rest, and remember it."""
         blocked = self.suppressed | (self.ending & (index < self.min_new_tokens))
         blocked = blocked.expand(self.batch, -1)
-        token = sample(logits, self.controls, self.seed, index * self.groups, self.seen, blocked)
+        token = sample(logits, self.controls, self.seed, draw, self.seen, blocked)
         self.seen.scatter_(1, token[:, None], True)
         self.chosen.index_copy_(0, index % 2, token[None])
 
@@ -144,7 +144,7 @@ class Prompt(nn.Module):
         state, hidden = self.state, self.stack.norm(hidden.index_select(1, length - 1))
         state.hidden.copy_(hidden)
         state.position.copy_(length)
-        state.choose(self.talker.codec_head(hidden[:, -1]), state.frame)
+        state.choose(self.talker.codec_head(hidden[:, -1]), state.frame, state.frame)  # the first draw is number 0
 
 
 class Frame(nn.Module):
@@ -199,16 +199,16 @@ class Frame(nn.Module):
             code, inputs = self._choose(hidden, draw[:1], head, table)
             codes.append(code)
         heard, mask, positions, angles = self._hear(codes)
-        self._close(self.stack(heard, mask, positions, angles, state.cache.step(state.position)))
+        self._close(self.stack(heard, mask, positions, angles, state.cache.step(state.position)), draws[-1, :1])
 
     def open(self) -> tuple[Tensor, Tensor]:
-        """Return what the predictor reads first ``[B, 2, H']``, and in column 0 the numbers of its draws ``[groups - 1, 2]``.
+        """Return what the predictor reads first ``[B, 2, H']``, and in column 0 the numbers of the frame's draws ``[groups, 2]``, the talker's last.
 
         Each number lies at an address that is a multiple of 16 bytes, as compiled code wants it.
         """
         state, groups = self.state, self.state.groups
         embed = self.talker.get_input_embeddings()(state.token)
-        draws = state.frame * groups + torch.arange(1, groups, device=embed.device)
+        draws = state.frame * groups + torch.arange(1, groups + 1, device=embed.device)
         return self.talker.code_predictor.small_to_mtp_projection(torch.cat((state.hidden, embed), 1)), draws[:, None].repeat(1, 2)
 
     def choose(self, hidden: Tensor, draw: Tensor, head: nn.Module, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,10 +239,10 @@ class Frame(nn.Module):
         positions = (position - state.start)[:, None]
         return heard, mask[:, None, None], positions, self.stack.angles(positions)
 
-    def close(self, hidden: Tensor) -> None:
-        """Choose the next frame's first code after the talker's ``hidden`` states ``[B, 1, H]``."""
+    def close(self, hidden: Tensor, draw: Tensor) -> None:
+        """Choose the next frame's first code by ``draw`` ``[1]`` after the talker's ``hidden`` states ``[B, 1, H]``."""
         state, hidden = self.state, self.stack.norm(hidden)
         state.frame.add_(1)
         state.position.add_(1)
         state.hidden.copy_(hidden)
-        state.choose(self.talker.codec_head(hidden[:, -1]), state.frame)
+        state.choose(self.talker.codec_head(hidden[:, -1]), state.frame, draw)

@@ -102,7 +102,7 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
         {"job": "frame hybrid 1.7b batch 8", "row": "compile", **named, "figures": of(compile=3.0)},
         {"job": "frame hybrid 1.7b batch 8", "row": "frames at positions 512 to 612", **named,
          "figures": of(frame=4.0, audio=160.0, floor=1.35, keys_and_values_read=520.0)},
-        {"job": "frame base 1.7b batch 8", "row": "frames at positions 512 to 612", **named, "error": "parity: WrongCodes"},
+        {"job": "frame base 1.7b batch 8", "row": "frames at positions 512 to 612", **named, "mode": "base", "error": "parity: WrongCodes"},
         {"job": "e2e hybrid 1.7b", "row": "text to waveform", **named, "figures": figures | others},
     ]  # fmt: skip
     machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
@@ -111,7 +111,8 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
     lines = {name: tables.TABLES[name](result_files.Results("suite")).splitlines() for name in ("kernels", "frame", "e2e")}
     assert {line[0] for line in lines.values()} == {"G, torch 2, triton 3, transformers 4, 2026-11-24: `qtts bench` (`bench/results/suite.json`)."}
     assert lines["kernels"][4:] == ["| talker head, 0.6B | 1 | 5.50 | 3.05 | 81% | 7.25 | |"]
-    assert lines["frame"][4:] == ["| `hybrid` | 1.7b | 8 | 512 | 4.00 | 160.00 | 1.35 | 520 |"]
+    failed = "| `base` | 1.7b | 8 | 512 | fails its check | | | |"
+    assert lines["frame"][4:] == ["| `hybrid` | 1.7b | 8 | 512 | 4.00 | 160.00 | 1.35 | 520 |", failed]
     assert lines["e2e"][4:] == ["| `hybrid` | 1.7b | 4.0 | 30.0 | 25.0 | 10.0 | 27.5 | 4.3 |"]
     (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows[:1]}))
     with pytest.raises(LookupError, match="suite.json has no rows of `qtts bench frame`"):
@@ -129,6 +130,10 @@ def test_frames_name_their_own_cache_or_their_mode_s(tmp_path, monkeypatch):
     monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     lines = tables.TABLES["caches"](result_files.Results("caches")).splitlines()[4:]
     assert [line.split(" | ")[1] for line in lines] == ["`bf16`", "`int4`", "`int3`"]
+    content["rows"][2]["batch"] = 32
+    (tmp_path / "caches.json").write_text(json.dumps(content))
+    lines = tables.TABLES["caches-of-batches"](result_files.Results("caches")).splitlines()[4:]
+    assert [line.split(" | ")[1:3] for line in lines] == [["`int4`", "32"]]
 
 
 def test_layers_are_shown_by_position_and_cache(tmp_path, monkeypatch):

@@ -166,8 +166,11 @@ def test_a_new_speech_starts_afresh(talker, engine):
 
 
 @pytest.mark.parametrize("size", ["1.7b", "0.6b"])
-def test_weights_that_change_between_speeches_are_read_anew(size):
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_weights_that_change_between_speeches_are_read_anew(size, is_hooked):
     talker = build_talker(size)
+    if is_hooked:  # no plain projection
+        talker.code_predictor.small_to_mtp_projection.register_forward_hook(lambda module, arguments, result: result + 0.5)
     engine = Engine(talker, max_seq_len=64)
     before = speak(engine, prompt(talker, [9]), settings()).codes.clone()
     with torch.no_grad():
