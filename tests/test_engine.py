@@ -14,6 +14,7 @@ from qtts_compile import collect
 from qtts_compile.code_embeddings import CodeEmbeddings
 from qtts_compile.engine import Engine, PromptInputs, padded_length
 from qtts_compile.frame import Frame, SpeechState
+from qtts_compile.kernels.sample import sample
 from qtts_compile.launcher import Launcher
 from qtts_compile.regions import Stack
 from qtts_compile.sampling import Settings
@@ -163,6 +164,18 @@ def test_a_new_speech_starts_afresh(talker, engine):
     first = speak(engine, prompt(talker, [9]), settings()).codes.clone()
     next(iter(engine.start(prompt(talker, [30], seed=1), settings(), [3])))
     assert torch.equal(speak(engine, prompt(talker, [9]), settings()).codes, first)
+
+
+def test_no_number_is_drawn_by_twice(monkeypatch):
+    talker, numbers = build_talker("0.6b"), []
+
+    def recorded(logits, controls, seed, offset, *masks):
+        numbers.append(offset.item())
+        return sample(logits, controls, seed, offset, *masks)
+
+    monkeypatch.setattr("qtts_compile.frame.sample", recorded)
+    speech = speak(Engine(talker, max_seq_len=64), prompt(talker, [9]), settings(do_sample=True, subtalker_dosample=True))
+    assert numbers == list(range(speech.frames * GROUPS + 1))
 
 
 @pytest.mark.parametrize("size", ["1.7b", "0.6b"])
