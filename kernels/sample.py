@@ -237,7 +237,7 @@ def draw_token(
         # Not 0, which no entries at all would reach.
         target = tl.maximum(top_p * tl.sum(weights, axis=0), 1e-30)
     best, token = tl.max(score, axis=0, return_indices=True)
-    is_dropped = do_sample
+    is_dropped = do_sample & (temperature > 0)  # without a temperature there is no winner, and no end to this
     while is_dropped:
         chosen = _load_logits(Logits_ptr, Seen_ptr, Blocked_ptr, token, V, penalty)
         if SHIFT == 0:

@@ -424,6 +424,20 @@ torch.cuda.synchronize()
     assert result.returncode != 0 and "largest logit is not finite" in result.stdout + result.stderr
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", ["float('nan')", "0.0", "-1.0"])
+def test_a_temperature_that_is_not_positive_trips_the_device_side_assert(temperature):
+    script = f"""
+import torch
+from qtts_compile.kernels.sample import sample
+controls = torch.tensor([1, {temperature}, 5, 0.9, 1], device="cuda")
+sample(torch.linspace(-1, 1, 99, device="cuda")[None], controls, *torch.ones(2, 1, dtype=torch.int64, device="cuda"))
+torch.cuda.synchronize()
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "temperature is not positive" in result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("do_sample", [0, 1])
 @pytest.mark.parametrize("value", [float("nan"), INF, -INF])
 def test_a_row_without_a_finite_largest_logit_is_an_error_on_the_cpu(do_sample, value):
