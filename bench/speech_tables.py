@@ -95,13 +95,14 @@ def frame(results: Results) -> str:
     """Every mode, batch and position of ``qtts bench frame``, those too that chose other codes than the model."""
     timed, rows = results.told("frame"), []
     for row in results.rows:
-        place = [f"`{row['mode']}`", row["size"], str(row["batch"]), row["row"].split()[3]] if row["row"].startswith("frames at") else []
         if row in timed:
             figures = {label: figure["median"] for label, figure in row["figures"].items()}
-            numbers = [f"{figures[label]:.2f}" for label in ("frame", "audio", "floor")]
-            rows.append([*place, *numbers, f"{figures['keys and values read']:.0f}"])
-        elif place and row.get("error", "").startswith("parity: "):
-            rows.append([*place, "fails its check", "", "", ""])
+            numbers = [*(f"{figures[label]:.2f}" for label in ("frame", "audio", "floor")), f"{figures['keys and values read']:.0f}"]
+        elif row["row"].startswith("frames at") and row.get("error", "").startswith("parity: "):
+            numbers = ["fails its check", "", "", ""]
+        else:
+            continue
+        rows.append([f"`{row['mode']}`", row["size"], str(row["batch"]), row["row"].split()[3], *numbers])
     titles = ["mode", "size", "texts", "position", "ms/frame", "audio seconds per second", "floor, ms", "keys and values, MB"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
 

@@ -33,10 +33,10 @@ class CodeEmbeddings:
         """Compute the tables again, in place: weights may have changed since."""
         if self._are_own:
             return
+        bias = self._projection.bias if self._are_plain and _is_plain(self._projection, nn.Linear) else None
         for table, embedding in zip(self.tables, self._embeddings):
-            if self._are_plain and _is_plain(self._projection, nn.Linear) and self._projection.bias is not None:
-                # What the module does, in one launch: the first audio waits for it.
-                torch.addmm(self._projection.bias, embedding.weight[: len(self._codes)], self._projection.weight.T, out=table)
+            if bias is not None:  # what the modules do, in one launch: the first audio waits for it
+                torch.addmm(bias, embedding.weight[: len(self._codes)], self._projection.weight.T, out=table)
             else:
                 table.copy_(self._project(embedding))
 

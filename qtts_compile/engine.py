@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class Engine:
         self.talker, self.max_seq_len, self.kv_cache, self.protect = talker, max_seq_len, kv_cache, protect
         self.launcher = launcher or Launcher(next(talker.parameters()).device)
         self._runners: dict[int, Runner] = {}
-        self._shared: tuple[Stack, Stack, CodeEmbeddings] | None = None
+        self._shared: Shared | None = None
 
     @property
     def max_batch_size(self) -> int:
@@ -113,17 +113,17 @@ class Engine:
         runner = self._runners[batch]
         inputs = inputs.padded_to(batch, min(padded_length(length), self.max_seq_len))
         runner.state.reset(settings, inputs.mask.argmax(1), torch.tensor([*seeds, *[0] * (batch - rows)]))
-        runner.embeddings.refresh()
+        self._share().embeddings.refresh()
         runner.read(inputs.embeds, torch.tensor([length], device=inputs.embeds.device))
         return Speech(runner, inputs, settings, rows, length)
 
-    def _share(self) -> tuple[Stack, Stack, CodeEmbeddings]:
-        """Return what all batch sizes share: the layers of the talker, those of the code predictor, and what that reads of its own codes."""
+    def _share(self) -> Shared:
+        """Return what all batch sizes share, made when it is first asked for."""
         if self._shared is None:
             launcher, predictor = self.launcher, self.talker.code_predictor
             compile = launcher.compile if launcher.compiles else None
             split = "layers" not in launcher.options  # that option tells layers apart
-            self._shared = (
+            self._shared = Shared(
                 Stack(self.talker.model, 3, self.max_seq_len, compile, split),
                 Stack(predictor.model, 1, self.talker.config.num_code_groups, compile, split),
                 CodeEmbeddings(predictor),
@@ -131,12 +131,20 @@ class Engine:
         return self._shared
 
 
+class Shared(NamedTuple):
+    """The layers of a talker, those of its code predictor, and what that reads of its own codes."""
+
+    stack: Stack
+    predictor: Stack
+    embeddings: CodeEmbeddings
+
+
 class Runner:
     """The memory of one batch size, and what runs in it."""
 
-    def __init__(self, talker: Any, state: SpeechState, shared: tuple[Stack, Stack, CodeEmbeddings], launcher: Launcher) -> None:
-        self.state, self.embeddings = state, shared[2]
-        prompt, frame = Prompt(talker, state, shared[0], launcher.compile), Frame(talker, state, *shared, launcher.compile)
+    def __init__(self, talker: Any, state: SpeechState, shared: Shared, launcher: Launcher) -> None:
+        self.state = state
+        prompt, frame = Prompt(talker, state, shared.stack, launcher.compile), Frame(talker, state, *shared, launcher.compile)
 
         def read(embeds: Tensor, length: Tensor) -> None:
             prompt(embeds, length)
