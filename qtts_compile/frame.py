@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qtts_compile.cache import StaticKVCache, add_buffer
 from qtts_compile.code_embeddings import CodeEmbeddings
+from qtts_compile.kernels.copy_to_host import copy_to_host
 from qtts_compile.kernels.sample import sample
 from qtts_compile.launcher import mark_varying
 from qtts_compile.regions import Angles, Compile, Stack
@@ -78,7 +79,7 @@ class SpeechState(nn.Module):
 
     def fetch(self) -> None:
         """Start to copy the codes that the talker chose to the host. What is there of the last but one does not change meanwhile."""
-        self.fetched.copy_(self.chosen, non_blocking=True)
+        copy_to_host(self.chosen, self.fetched)
 
     def reset(self, settings: Settings, start: Tensor, seeds: Tensor) -> None:
         """Begin utterances whose prompts have their first token at slot ``start`` ``[B]`` int64, drawn with ``seeds`` ``[B]`` int64."""
@@ -99,7 +100,8 @@ class SpeechState(nn.Module):
         blocked = self.suppressed | (self.ending & (index < self.min_new_tokens))
         blocked = blocked.expand(self.batch, -1)
         token = sample(logits, self.controls, self.seed, draw, self.seen, blocked)
-        self.seen.scatter_(1, token[:, None], True)
+        # One kernel, where a scatter would be a copy and a scatter.
+        self.seen |= torch.arange(self.vocabulary, device=token.device) == token[:, None]
         self.chosen.index_copy_(0, index % 2, token[None])
 
 
@@ -227,7 +229,11 @@ class Frame(nn.Module):
         """
         state, position = self.state, self.state.position
         codes = [state.token, *codes]
-        state.codes.index_copy_(1, state.frame, torch.cat(codes, 1)[:, None])
+        # By comparisons, which become one kernel with the write. With torch.cat there are three.
+        places, row = torch.arange(state.groups, device=position.device), state.token
+        for group, code in enumerate(codes):
+            row = torch.where(places == group, code, row)
+        state.codes.index_copy_(1, state.frame, row[:, None])
         embeddings = self.talker.get_input_embeddings(), *self.talker.code_predictor.get_input_embeddings()
         # Added up in float32 and rounded once, as a sum over the codes is, but in a form that becomes one kernel with all the look-ups.
         text = state.text.index_select(1, state.frame % STRETCH)

@@ -57,7 +57,7 @@ class Stack:
         """Return the cosines and sines of ``positions`` ``[B, T]``, ``[B, T, D]`` or ``[axes, B, T, D]``, if the stack is to be given them."""
         if self._body is None or self._angles is None:
             return None
-        cos, sin = (table.index_select(-2, positions.flatten()).unflatten(-2, positions.shape) for table in self._angles)
+        cos, sin = self._angles.index_select(-2, positions.flatten()).unflatten(-2, positions.shape)  # in one kernel
         return cos, sin
 
     def __call__(self, embeds: Tensor, mask: Tensor, positions: Tensor, angles: Angles | None, cache: View, varying: bool = False) -> Tensor:
@@ -110,7 +110,7 @@ class Stack:
         expected = results()
         every = torch.arange(self._slots, device=parameter.device)[None]
         cos, sin = model.rotary_emb(embeds, every if self._axes == 1 else every.expand(self._axes, -1, -1))
-        self._angles = cos.select(-3, 0).clone(), sin.select(-3, 0).clone()
+        self._angles = torch.stack((cos.select(-3, 0), sin.select(-3, 0)))
         self._body, self.norm = self._with_layers(call_layer), model.norm
         try:
             reason = None if torch.equal(results(), expected) else "its layers, one by one, do not give what its forward() gives"
