@@ -12,8 +12,9 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_rank, check_shape
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
+from qtts_compile.kernels.philox import uniform, uniform_reference
 from qtts_compile.kernels.rows import with_unit_stride
-from qtts_compile.kernels.sizes import cdiv, next_power_of_2
+from qtts_compile.kernels.sizes import next_power_of_2
 
 MAX_V = 16384
 MIN_BLOCK = 32
@@ -54,28 +55,6 @@ def sample(
     ``ValueError`` on the CPU and trips a device-side assert on the GPU.
     """
     return torch.ops.qtts.sample.default(logits, controls, seed, offset, seen, blocked)
-
-
-def philox_reference(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Compute the four words of Philox-4x32-10 for a ``counter`` of four words and a ``key`` of two, each an int64 tensor of 32-bit values."""
-    low = 0xFFFFFFFF
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        product_0, product_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = (product_2 >> 32 & low) ^ c1 ^ k0, product_2 & low
-        c2, c3 = (product_0 >> 32 & low) ^ c3 ^ k1, product_0 & low
-        k0, k1 = k0 + 0x9E3779B9 & low, k1 + 0xBB67AE85 & low
-    return c0, c1, c2, c3
-
-
-def uniform_reference(seed: torch.Tensor, offset: torch.Tensor, n: int) -> torch.Tensor:
-    """Return the float32 numbers ``[B, n]``, inside (0, 1), that :func:`sample` draws for ``seed`` ``[B]`` and ``offset`` ``[1]``."""
-    low = 0xFFFFFFFF
-    quads = torch.arange(cdiv(n, 4), device=seed.device)
-    key = (seed[:, None] & low, seed[:, None] >> 32 & low)
-    words = philox_reference((quads, offset & low, offset >> 32 & low, torch.zeros_like(quads)), key)
-    return ((torch.stack(words, -1).flatten(1)[:, :n] >> 9).float() + 0.5) * 2**-23
 
 
 def sample_reference(
@@ -169,16 +148,6 @@ def _kth_largest(x, k, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _uniform(seed, offset, BLOCK: tl.constexpr):
-    """Return the numbers of :func:`uniform_reference` for one row."""
-    offset_low = offset.to(tl.uint32)
-    offset_high = (offset >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, tl.arange(0, BLOCK // 4), offset_low, offset_high, 0)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
-    return ((words >> 9).to(tl.float32) + 0.5) * 2**-23
-
-
-@triton.jit
 def _load_logits(Logits_ptr, Seen_ptr, Blocked_ptr, columns, V, penalty):
     """Load the logits of a row at ``columns``, a number or many, as float32, penalised where seen, and -inf where blocked or beyond V."""
     in_row = columns < V
@@ -193,19 +162,20 @@ def _load_logits(Logits_ptr, Seen_ptr, Blocked_ptr, columns, V, penalty):
 
 @triton.jit
 def draw_token(
-    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride, row,
+    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, row,
     BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     """Wait for the logits and return the token, int32, that :func:`sample` draws from row ``row``, int64, of them.
 
     A winner of the race that the filters drop shows that all tokens ranked below it are dropped too, and the race is run again among the others:
-    not often, as what is dropped is improbable, while the filters' thresholds would take a search.
+    not often, as what is dropped is improbable, while the filters' thresholds would take a search. ``strides`` are those of the rows of logits,
+    seeds, ``seen`` and ``blocked``.
     """
-    Logits_ptr += row * logits_stride
+    Logits_ptr += row * strides[0]
     if Seen_ptr is not None:
-        Seen_ptr += row * seen_stride
+        Seen_ptr += row * strides[2]
     if Blocked_ptr is not None:
-        Blocked_ptr += row * blocked_stride
+        Blocked_ptr += row * strides[3]
     columns = tl.arange(0, BLOCK)
     do_sample = tl.load(Controls_ptr) != 0
     temperature = tl.load(Controls_ptr + 1)
@@ -215,7 +185,7 @@ def draw_token(
     k = tl.where((top_k >= 1) & (top_k < V), top_k, V).to(tl.int32)
     noise = tl.zeros([BLOCK], tl.float32)
     if do_sample:  # under a condition, or ptxas moves it behind the wait
-        noise = -temperature * tl.log(-tl.log(_uniform(tl.load(Seed_ptr + row * seed_stride), tl.load(Offset_ptr), BLOCK)))
+        noise = -temperature * tl.log(-tl.log(uniform(tl.load(Seed_ptr + row * strides[1]), tl.load(Offset_ptr), BLOCK)))
     wait_for_inputs(HAS_PDL)
     x = _load_logits(Logits_ptr, Seen_ptr, Blocked_ptr, columns, V, penalty)
     # Comparisons would pass over a NaN; an infinity ends in the assert.
@@ -256,13 +226,13 @@ def draw_token(
 
 @triton.jit
 def _sample_kernel(
-    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride, Token_ptr,
+    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, Token_ptr,
     BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_PDL: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     row = tl.program_id(0).to(tl.int64)
     token = draw_token(
-        Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride, row,
+        Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, row,
         BLOCK, SHIFT, HAS_PDL,
     )  # fmt: skip
     tl.store(Token_ptr + row, token.to(tl.int64))
@@ -287,7 +257,7 @@ def draw_arguments(
     strides = logits.stride(0), seed.stride(0), *(0 if mask is None else mask.stride(0) for mask in (seen, blocked))
     options = dict(BLOCK=block, SHIFT=shift, HAS_PDL=pdl, launch_pdl=pdl, debug=True, sanitize_overflow=False)
     options["num_warps"] = num_warps or max(1, min(16, block // 256))
-    return (logits, controls.contiguous(), seed, offset, seen, blocked, width, *strides), options
+    return (logits, controls.contiguous(), seed, offset, seen, blocked, width, strides), options
 
 
 def sample_triton(

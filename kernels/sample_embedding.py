@@ -73,14 +73,14 @@ def check_sample_embedding(
 
 @triton.jit
 def _sample_embedding_kernel(
-    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride,
+    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides,
     Token_ptr, Table_ptr, Y_ptr, table_stride,
     BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_PDL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     row = tl.program_id(0).to(tl.int64)
     token = draw_token(
-        Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, logits_stride, seed_stride, seen_stride, blocked_stride, row,
+        Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, row,
         BLOCK, SHIFT, HAS_PDL,
     ).to(tl.int64)  # fmt: skip
     columns = tl.arange(0, BLOCK_D)

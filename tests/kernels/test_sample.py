@@ -6,8 +6,6 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, dtypes, layouts, random_tensor, seeds
@@ -21,7 +19,8 @@ from transformers.generation.logits_process import (
 )
 
 from qtts_compile.kernels.library import register_lowerings
-from qtts_compile.kernels.sample import _uniform, philox_reference, sample, sample_reference, sample_triton, uniform_reference
+from qtts_compile.kernels.philox import uniform_reference
+from qtts_compile.kernels.sample import sample, sample_reference, sample_triton
 
 INF = float("inf")
 
@@ -71,45 +70,6 @@ def assert_drawn_from(tokens, scores, seed, offset=0):
     won = races.gather(1, tokens.cpu()[:, None])[:, 0]
     best, expected = races.max(-1)
     assert (won >= best * (1 - 1e-5)).all(), f"drew {tokens.tolist()}, expected {expected.tolist()}"
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ((0,) * 4, (0,) * 2, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)  # fmt: skip
-def test_philox_gives_the_known_answers_of_random123(counter, key, words):
-    drawn = philox_reference(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
-    assert tuple(word.item() for word in drawn) == words
-
-
-@triton.jit
-def _uniform_kernel(Seed_ptr, Offset_ptr, U_ptr, BLOCK: tl.constexpr):
-    uniform = _uniform(tl.load(Seed_ptr), tl.load(Offset_ptr), BLOCK)
-    tl.store(U_ptr + tl.arange(0, BLOCK), uniform)
-
-
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
-@pytest.mark.parametrize("offset", [0, 7, 2**32 + 1, -1])
-def test_kernel_and_reference_draw_the_same_bits(device, seed, offset):
-    seed, offset = torch.tensor([seed], device=device), torch.tensor([offset], device=device)
-    uniform = torch.full((256,), float("nan"), device=device)
-    _uniform_kernel[(1,)](seed, offset, uniform, BLOCK=256)  # pyright: ignore[reportArgumentType]
-    assert torch.equal(uniform[None], uniform_reference(seed, offset, 256))
-    assert (0 < uniform).all() and (uniform < 1).all() and uniform.unique().numel() > 250
-
-
-def test_the_extreme_words_stay_inside_0_and_1(monkeypatch):
-    words = torch.tensor([0, 2**32 - 1])
-    monkeypatch.setattr("qtts_compile.kernels.sample.philox_reference", lambda counter, key: (words[None, :1], words[None, 1:]) * 2)
-    uniform = uniform_reference(torch.tensor([0]), torch.tensor([0]), 2)
-    assert (uniform > 0).all() and (uniform < 1).all() and uniform.dtype == torch.float32
 
 
 @pytest.mark.parametrize("launch", [sample_triton, sample_reference])
