@@ -28,7 +28,7 @@ def copy_to_host(source: torch.Tensor, host: torch.Tensor) -> None:
     check_shape("host", host, *source.shape)
     if not (source.is_contiguous() and host.is_contiguous()):
         raise ValueError(f"source and host must be contiguous, got the strides {source.stride()} and {host.stride()}")
-    if host.device.type != "cpu" or source.is_cuda and not host.is_pinned() and host.numel() > 0:  # nothing is not pinned
+    if host.device.type != "cpu" or source.is_cuda and not host.is_pinned() and host.numel() > 0:  # empty memory never is
         raise ValueError(f"host must be pinned memory of the CPU, got {host.device}; allocate it with pin_memory=True")
     if source.is_cuda:
         copy_to_host_triton(source, host)

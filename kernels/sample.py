@@ -231,10 +231,7 @@ def _sample_kernel(
 ):  # fmt: skip
     announce(HAS_PDL)
     row = tl.program_id(0).to(tl.int64)
-    token = draw_token(
-        Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, row,
-        BLOCK, SHIFT, HAS_PDL,
-    )  # fmt: skip
+    token = draw_token(Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, row, BLOCK, SHIFT, HAS_PDL)
     tl.store(Token_ptr + row, token.to(tl.int64))
 
 

@@ -73,16 +73,12 @@ def check_sample_embedding(
 
 @triton.jit
 def _sample_embedding_kernel(
-    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides,
-    Token_ptr, Table_ptr, Y_ptr, table_stride,
+    Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, Token_ptr, Table_ptr, Y_ptr, table_stride,
     BLOCK: tl.constexpr, SHIFT: tl.constexpr, HAS_PDL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     row = tl.program_id(0).to(tl.int64)
-    token = draw_token(
-        Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, row,
-        BLOCK, SHIFT, HAS_PDL,
-    ).to(tl.int64)  # fmt: skip
+    token = draw_token(Logits_ptr, Controls_ptr, Seed_ptr, Offset_ptr, Seen_ptr, Blocked_ptr, V, strides, row, BLOCK, SHIFT, HAS_PDL).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     embedding = tl.load(Table_ptr + token * table_stride + columns, mask=columns < D)
     tl.store(Y_ptr + row * D + columns, embedding, mask=columns < D)

@@ -230,8 +230,8 @@ class Frame(nn.Module):
         state, position = self.state, self.state.position
         codes = [state.token, *codes]
         # By comparisons, which become one kernel with the write. With torch.cat there are three.
-        places, row = torch.arange(state.groups, device=position.device), state.token
-        for group, code in enumerate(codes):
+        places, row = torch.arange(state.groups, device=position.device), codes[0]
+        for group, code in enumerate(codes[1:], 1):
             row = torch.where(places == group, code, row)
         state.codes.index_copy_(1, state.frame, row[:, None])
         embeddings = self.talker.get_input_embeddings(), *self.talker.code_predictor.get_input_embeddings()
