@@ -18,7 +18,7 @@ BATCHES = (1, 8)
 METRICS = {
     "ms/frame": "milliseconds that 80 ms of audio take, all texts of a batch together; median, least and greatest of the repeats",
     "x real time": "seconds of audio made in a second, all texts together",
-    "first audio": "milliseconds from the call to the first samples in the host's memory",
+    "call to first audio": "milliseconds from the call to the first samples in the host's memory, when nothing is left to compile",
     "VRAM": "peak of PyTorch's allocator (allocated, reserved) and what the device has in use",
     "cache": "MiB of the talker's static cache as allocated, KiB of a token of it in all layers, and how many layers hold codes",
     "load": "seconds from a checkpoint in the page cache to a model on the GPU",

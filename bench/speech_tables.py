@@ -112,7 +112,7 @@ def e2e(results: Results) -> str:
     rows = []
     for row in results.told("e2e"):
         figures = {label: figure["median"] for label, figure in row["figures"].items()}
-        labels = ("load", "first call", "of it torch.compile", "first audio", "x real time", "allocated, text to waveform")
-        rows.append([f"`{row['mode']}`", row["size"], *(f"{figures[label]:.1f}" for label in labels)])
+        labels = ("load", "first call", "of it torch.compile", "call to first audio", "x real time", "allocated, text to waveform")
+        rows.append([f"`{row['mode']}`", row["size"], *(f"{figures[label]:.1f}" if label in figures else "" for label in labels)])
     titles = ["mode", "size", "load, s", "first call, s", "of it `torch.compile`", "first audio, ms", "x real time", "GiB allocated"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"

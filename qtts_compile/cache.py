@@ -15,6 +15,11 @@ def add_buffer(module: nn.Module, name: str, shape: tuple[int, ...], dtype: torc
     module.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
 
 
+def within(buffer: Tensor, reach: int | None, dim: int = 2) -> Tensor:
+    """Return the first ``reach`` slots of a buffer, by default itself."""
+    return buffer if reach is None else buffer.narrow(dim, 0, reach)
+
+
 class StaticKVCache(nn.Module):
     """Keys and values of every layer of a decoder stack, ``[batch, kv_heads, slots, head_dim]`` each.
 
@@ -52,13 +57,16 @@ class StaticKVCache(nn.Module):
         """
         return View(self, positions, positions[-1:] if last is None else last, whole=False)
 
-    def step(self, positions: Tensor) -> View:
-        """Return the view that writes to the slots ``positions`` ``[T]`` and attends over all slots; the caller's mask says which count."""
-        return View(self, positions, positions, whole=True)
+    def step(self, positions: Tensor, reach: int | None = None) -> View:
+        """Return the view that writes to the slots ``positions`` ``[T]`` and attends over the first ``reach`` slots, by default over all.
+
+        The caller's mask says which of them count; ``positions`` are among them.
+        """
+        return View(self, positions, positions, whole=True, reach=reach)
 
     def layer(self, index: int, view: View) -> Cache:
         """Return what one layer sees of a view."""
-        keys, values = (self.get_buffer(f"{name}_{index}") for name in ("keys", "values"))
+        keys, values = (within(self.get_buffer(f"{name}_{index}"), view.reach) for name in ("keys", "values"))
         return LayerView(keys, values, view.positions, view.whole)
 
     @property
@@ -80,12 +88,12 @@ class StaticKVCache(nn.Module):
 class View(Cache):
     """A cache at the slots ``positions`` ``[T]``, as a stack sees it.
 
-    Slots after ``last`` ``[1]`` do not count. ``whole``: it attends over all slots, else over what it writes.
+    Slots after ``last`` ``[1]`` do not count. ``whole``: it attends over all slots, or the first ``reach`` of them, else over what it writes.
     """
 
     # Cache's own constructor would make layers of its own.
-    def __init__(self, cache: StaticKVCache, positions: Tensor, last: Tensor, whole: bool) -> None:
-        self.cache, self.positions, self.last, self.whole = cache, positions, last, whole
+    def __init__(self, cache: StaticKVCache, positions: Tensor, last: Tensor, whole: bool, reach: int | None = None) -> None:
+        self.cache, self.positions, self.last, self.whole, self.reach = cache, positions, last, whole, reach
 
     def layer(self, index: int) -> Cache:
         """Return what one layer sees of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from qtts_compile.sampling import Settings
 from qtts_compile.turboquant_cache import Protect, make_cache, warn_of
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+NEAR, NEAR_BATCH = 256, 4  # slots that frames of so many rows are recorded for apart: attention over fewer takes fewer programs
 EndReason = Literal["end of speech", "max_new_tokens", "max_seq_len", "closed"]
 
 
@@ -150,11 +152,16 @@ class Runner:
             prompt(embeds, length)
             state.fetch()
 
-        def speak() -> None:
-            frame()
+        def speak(reach: int | None) -> None:
+            frame(reach)
             state.fetch()
 
-        self.read, self.speak = launcher.wrap(read), launcher.wrap(speak)
+        self.read = launcher.wrap(read)
+        self.kinds = {reach: launcher.wrap(partial(speak, None if reach == state.slots else reach)) for reach in reaches_of(state)}
+
+    def speak(self, position: int) -> None:
+        """Speak one frame, in which the talker's step is at the slot ``position``."""
+        next(speak for reach, speak in self.kinds.items() if position < reach)()
 
 
 class Speech:
@@ -167,7 +174,7 @@ class Speech:
     def __init__(self, runner: Runner, inputs: PromptInputs, settings: Settings, rows: int, length: int) -> None:
         state = runner.state
         self.settings = settings
-        self._state, self._speak, self._inputs = state, runner.speak, inputs
+        self._state, self._runner, self._inputs, self._length = state, runner, inputs, length
         self._limit = min(settings.max_new_tokens - 1, state.slots - length)
         self._limited_by: EndReason = "max_new_tokens" if self._limit == settings.max_new_tokens - 1 else "max_seq_len"
         self._ends: list[int | None] = [None] * rows
@@ -190,6 +197,12 @@ class Speech:
         otherwise: EndReason = self._limited_by if self.frames == self._limit else "closed"
         return [otherwise if end is None else "end of speech" for end in self._ends]
 
+    def warm(self) -> None:
+        """Launch a frame of each kind that a longer speech would come to, so that none is left to compile. It ends this speech."""
+        for reach, speak in self._runner.kinds.items():
+            if int(self._state.position) < reach:
+                speak()
+
     @property
     def cache(self) -> StaticKVCache:
         """The talker's cache."""
@@ -207,7 +220,7 @@ class Speech:
         self._launched(self.frames)
         for frame in range(self.frames, self._limit):
             self._give_text(frame)
-            self._speak()
+            self._runner.speak(self._length + frame)
             self._launched(frame + 1)
             if self._ended(frame):
                 return
@@ -237,6 +250,11 @@ class Speech:
             if self._ends[row] is None and token == self.settings.eos_token_id:
                 self._ends[row] = index
         return None not in self._ends
+
+
+def reaches_of(state: SpeechState) -> tuple[int, ...]:
+    """Return within how many slots each kind of frame has its position, the smallest first."""
+    return (NEAR, state.slots) if state.batch <= NEAR_BATCH and state.slots > NEAR else (state.slots,)
 
 
 def padded_length(length: int) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qtts_compile.cache import StaticKVCache, add_buffer
+from qtts_compile.cache import StaticKVCache, add_buffer, within
 from qtts_compile.code_embeddings import CodeEmbeddings
 from qtts_compile.kernels.copy_to_host import copy_to_host
 from qtts_compile.kernels.sample import sample
@@ -191,8 +191,8 @@ class Frame(nn.Module):
         mask = torch.arange(self.state.groups, device=slots.device) <= slots[:, None]
         return slots, mask[None, None], slots[None], self.predictor.angles(slots[None])
 
-    def forward(self) -> None:
-        """Speak one frame while the talker hears ``state.text`` of it."""
+    def forward(self, reach: int | None = None) -> None:
+        """Speak one frame while the talker hears ``state.text`` of it, at a position within the first ``reach`` slots, by default anywhere."""
         state, heads = self.state, self.talker.code_predictor.lm_head
         inputs, draws = self._open()
         codes = []
@@ -200,8 +200,8 @@ class Frame(nn.Module):
             hidden = self.predictor(inputs, mask, positions, angles, state.sub_cache.step(slots))
             code, inputs = self._choose(hidden, draw[:1], head, table)
             codes.append(code)
-        heard, mask, positions, angles = self._hear(codes)
-        self._close(self.stack(heard, mask, positions, angles, state.cache.step(state.position)), draws[-1, :1])
+        heard, mask, positions, angles = self._hear(codes, within(self.slots, reach, dim=0))
+        self._close(self.stack(heard, mask, positions, angles, state.cache.step(state.position, reach)), draws[-1, :1])
 
     def open(self) -> tuple[Tensor, Tensor]:
         """Return what the predictor reads first ``[B, 2, H']``, and in column 0 the numbers of the frame's draws ``[groups, 2]``, the talker's last.
@@ -222,10 +222,10 @@ class Frame(nn.Module):
         code = sample(logits, self.state.sub_controls, self.state.seed, draw)[:, None]
         return code, F.embedding(code, table)
 
-    def hear(self, codes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
+    def hear(self, codes: list[Tensor], slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Angles | None]:
         """Store the frame's ``codes``, of which the talker chose the first, and return what the talker hears: the sum of all their embeddings.
 
-        After it come the mask ``[B, 1, 1, slots]``, the position ``[B, 1]`` and its angles.
+        After it come the mask ``[B, 1, 1, S]`` of ``slots`` ``[S]``, the position ``[B, 1]`` and its angles.
         """
         state, position = self.state, self.state.position
         codes = [state.token, *codes]
@@ -241,7 +241,7 @@ class Frame(nn.Module):
         for embedding, code in zip(embeddings, codes):
             total = total + embedding(code)
         heard = total.to(text.dtype) + text
-        mask = (self.slots <= position) & (self.slots >= state.start[:, None])
+        mask = (slots <= position) & (slots >= state.start[:, None])
         positions = (position - state.start)[:, None]
         return heard, mask[:, None, None], positions, self.stack.angles(positions)
 

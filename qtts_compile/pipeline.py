@@ -76,6 +76,7 @@ class Pipeline:
                     speech = self.engine.start(inputs, settings, [0] * rows)
                     for _ in speech:
                         pass
+                    speech.warm()
             self.codec.warmup()
 
     def _sample_call(self) -> tuple[str, dict[str, Any]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from qtts_compile.cache import StaticKVCache, View, add_buffer
+from qtts_compile.cache import StaticKVCache, View, add_buffer, within
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.read import quantized_kv_read
 from qtts_compile.kernels.turboquant.write import quantized_kv_write
@@ -84,20 +84,21 @@ class TurboQuantKVCache(StaticKVCache):
             add_buffer(self, f"kept_{layer}", (2, batch, heads, protect.sinks + protect.window, head_dim), dtype, device)
         self.register_buffer("start", start, persistent=False)
 
-    def step(self, positions: Tensor) -> View:
-        """Return the view that writes one token to the slot ``positions`` ``[1]`` and attends over all slots.
+    def step(self, positions: Tensor, reach: int | None = None) -> View:
+        """Return the view that writes one token to the slot ``positions`` ``[1]`` and attends over the first ``reach`` slots, by default over all.
 
         Raises ``ValueError`` for more tokens: each has a window of its own.
         """
         if len(positions) != 1:
             raise ValueError(f"{len(positions)} tokens after the prompt: a quantised cache takes them one by one")
-        return super().step(positions)
+        return super().step(positions, reach)
 
     def layer(self, index: int, view: View) -> Cache:
         """Return what one layer sees of a view."""
         if index not in self.quantized_layers:
             return super().layer(index, view)
-        buffers = tuple(self.get_buffer(f"{name}_{index}") for name in BUFFERS)
+        k_codes, v_codes, scales, kept = (self.get_buffer(f"{name}_{index}") for name in BUFFERS)
+        buffers = within(k_codes, view.reach), within(v_codes, view.reach), within(scales, view.reach, dim=3), kept
         return QuantizedLayerView(buffers, view, self.start, self.protect.sinks, self.format.name)
 
     @property

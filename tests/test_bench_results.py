@@ -96,7 +96,7 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
     moved = {"of the floor": figure(81.4, "%"), "PyTorch's own": figure(7.25, "us")}
     named = {"mode": "hybrid", "size": "1.7b", "batch": 8}
     others = {"of it torch.compile": figure(25.0, "s"), "allocated, text to waveform": figure(4.3, "GiB")}
-    figures = of(load=4.0, first_call=30.0, first_audio=10.0, x_real_time=27.5)
+    figures = of(load=4.0, first_call=30.0, call_to_first_audio=10.0, x_real_time=27.5)
     rows = [
         {"job": "kernels rows 1", "row": "talker head, 0.6B, rows: 1", "figures": of(kernel=5.5, achieved=3.05) | moved},
         {"job": "frame hybrid 1.7b batch 8", "row": "compile", **named, "figures": of(compile=3.0)},

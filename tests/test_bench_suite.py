@@ -152,7 +152,7 @@ def test_from_a_checkpoint_and_a_text_to_a_waveform(run, monkeypatch):  # noqa: 
     bench.whole.ours(run)
     _, row = written(run)
     assert "error" not in row and row["check"].startswith("256 greedy choices")
-    assert all(row["figures"][name]["median"] > 0 for name in ("load", "first call", "x real time", "first audio"))
+    assert all(row["figures"][name]["median"] > 0 for name in ("load", "first call", "x real time", "call to first audio"))
     begin = bench.whole.begin
     monkeypatch.setattr(bench.whole, "begin", lambda engine, task: begin(engine, replace(task, arguments=other(task))))
 
@@ -180,7 +180,7 @@ def test_help_names_every_mode(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["bench", "--help"])
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in MODES) and "first audio" in printed
+    assert all(f"  {name} " in printed for name in MODES) and "call to first audio" in printed
 
 
 @pytest.mark.parametrize(

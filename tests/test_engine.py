@@ -64,6 +64,17 @@ def test_greedy_codes_are_those_of_generate(talker, engine, lengths):
     assert speech.lengths == [64] * len(lengths) and speech.end_reasons == ["max_new_tokens"] * len(lengths)
 
 
+@pytest.mark.parametrize(("lengths", "kinds"), [([9], [24, 64]), ([29, 3], [64]), ([4] * 5, [64])], ids=str)
+def test_frames_reach_no_further_than_they_have_to(talker, engine, monkeypatch, lengths, kinds):
+    reaches, forward = [], Frame.forward
+    monkeypatch.setattr(Frame, "forward", lambda self, reach=None: reaches.append(reach) or forward(self, reach))
+    monkeypatch.setattr("qtts_compile.engine.NEAR", 24)
+    codes = speak(Engine(talker, max_seq_len=64), prompt(talker, lengths), settings()).codes
+    assert torch.equal(codes, speak(engine, prompt(talker, lengths), settings()).codes)
+    first, near = max(lengths), 24 if 24 in kinds else 0
+    assert reaches[:32] == [24 if position < near else None for position in range(first, first + 32)]
+
+
 def test_rows_of_a_batch_are_what_they_are_alone(talker, engine):
     lengths, wanted = [4, 21, 9, 13, 9], settings(do_sample=True, subtalker_dosample=True, min_new_tokens=33)
     batch = prompt(talker, lengths)

@@ -11,6 +11,7 @@ from test_engine import prompt, settings, speak
 from qtts_compile import collect
 from qtts_compile.engine import Engine, PromptInputs
 from qtts_compile.launcher import Launcher
+from qtts_compile.turboquant_cache import Protect
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_products")]
 
@@ -42,6 +43,21 @@ def test_greedy_codes_are_those_of_generate(recorded, lengths):
         seen.append((len(report.graphs), engine.launcher.runs, engine.launcher.recordings))
     (graphs, runs, recordings), *later = seen
     assert later == [(graphs, runs, recordings + 1)] * 2  # nothing is compiled again, or launched without a CUDA graph
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "int4"])
+@pytest.mark.parametrize("lengths", [[9], [5, 9, 7]], ids=str)
+def test_frames_of_both_reaches_give_the_same_codes(monkeypatch, lengths, kv_cache):
+    monkeypatch.setattr("qtts_compile.engine.NEAR", 32)
+    torch.compiler.reset()
+    talker = build_talker("1.7b", device="cuda")
+    protect = Protect(first_layers=1, last_layers=0, sinks=2, window=8) if kv_cache == "int4" else None
+    engine, eager = (Engine(talker, max_seq_len=128, launcher=each, kv_cache=kv_cache, protect=protect) for each in (launcher(strict=True), None))
+    expected = speak(eager, prompt(talker, lengths, 64), settings(max_new_tokens=65, min_new_tokens=65)).codes.clone()
+    for _ in range(3):
+        speech = speak(engine, prompt(talker, lengths, 64), settings(max_new_tokens=65, min_new_tokens=65))
+        assert torch.equal(speech.codes, expected)
+    assert engine.launcher.recordings == 3  # the prompt, and a frame of each reach
 
 
 def test_another_thread_replays_the_same_graphs(recorded):
