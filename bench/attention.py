@@ -28,7 +28,7 @@ import triton
 from bench.machine import describe
 from bench.reads import copy_bandwidth
 from bench.timing import milliseconds
-from qtts_compile.kernels import flash_decoding_launch, qk_norm_rope_kv_write
+from qtts_compile.kernels import pdl
 from qtts_compile.kernels.decode_attention import decode_attention_triton
 from qtts_compile.kernels.flash_decoding_launch import expand_mask, plan_launch
 from qtts_compile.kernels.launch_search import COLD_BYTES, microseconds
@@ -93,9 +93,7 @@ def two_operators(*arguments: Any) -> torch.Tensor:
 @contextlib.contextmanager
 def without_pdl() -> Iterator[None]:
     """Launch the kernels of attention one after the other."""
-    with contextlib.ExitStack() as stack:
-        for module in (flash_decoding_launch, qk_norm_rope_kv_write):
-            stack.enter_context(mock.patch.object(module, "has_pdl", lambda device: False))
+    with mock.patch.object(pdl, "has_pdl", lambda device: False):
         yield
 
 

@@ -11,6 +11,8 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
+from qtts_compile.kernels import pdl
+
 
 class Target:
     """What Triton asks of a driver in order to compile, without a GPU."""
@@ -29,8 +31,8 @@ class Target:
 
 
 @contextlib.contextmanager
-def compiling_only(capability: tuple[int, int], launch_module: Any, limit_s: int) -> Iterator[None]:
-    """Let a launch only compile, for a GPU of this ``capability`` as ``launch_module`` sees it; KeyboardInterrupt after ``limit_s`` seconds."""
+def compiling_only(capability: tuple[int, int], limit_s: int) -> Iterator[None]:
+    """Let a launch only compile, for a GPU of this ``capability``; KeyboardInterrupt after ``limit_s`` seconds."""
     run = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -42,7 +44,7 @@ def compiling_only(capability: tuple[int, int], launch_module: Any, limit_s: int
     try:
         with (
             mock.patch.object(triton.JITFunction, "run", compile_only),
-            mock.patch.object(launch_module, "has_pdl", lambda device: capability >= (9, 0)),
+            mock.patch.object(pdl, "has_pdl", lambda device: capability >= (9, 0)),
         ):
             yield
     finally:

@@ -27,7 +27,6 @@ from torch.nn.functional import embedding, linear
 from bench.compiling import compiling_only
 from bench.machine import describe
 from bench.reads import copy_bandwidth
-from qtts_compile.kernels import gemv_launch
 from qtts_compile.kernels.embedding_linear import embedding_linear_reference, embedding_linear_triton
 from qtts_compile.kernels.gemv_launch import candidates, choose_launch
 from qtts_compile.kernels.launch_search import COLD_BYTES, microseconds
@@ -135,7 +134,7 @@ def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:
     """Compile one launch into Triton's cache on disk, in a process without CUDA; return whether that worked in time."""
     capability, case, rows, launch = job
     try:
-        with compiling_only(capability, gemv_launch, COMPILE_LIMIT_S):
+        with compiling_only(capability, COMPILE_LIMIT_S):
             KERNELS[case.op](*build_arguments(case, rows, "cpu")[0], **launch._asdict())
         return True
     except (KeyboardInterrupt, triton.TritonError):

@@ -141,7 +141,7 @@ def compile_launch(job: tuple[tuple[int, int], int, str, Case, int, Launch]) -> 
     capability, sms, name, case, batch, launch = job
     try:
         with (
-            compiling_only(capability, flash_decoding_launch, COMPILE_LIMIT_S),
+            compiling_only(capability, COMPILE_LIMIT_S),
             mock.patch.object(flash_decoding_launch, "_sm_count", lambda device: sms),
         ):
             kernel_of(name, "cuda")(*build_arguments(name, case, batch, "cpu", copies=1)[0], **launch)

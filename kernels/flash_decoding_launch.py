@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qtts_compile.kernels.combine import combine_kernel
-from qtts_compile.kernels.pdl import has_pdl
+from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 MAX_SPLITS = 64
@@ -87,8 +87,7 @@ def plan_launch(
     """
     sizes = (*q.shape, *cache.shape[1:3])
     grid, options = _plan(sizes, _Mask.of(mask), n_splits, block_n, num_warps, block_m, other_splits, _sm_count(q.device))
-    pdl = has_pdl(q.device)
-    return Plan(grid, {**options, "HAS_PDL": pdl, "launch_pdl": pdl})
+    return Plan(grid, options | pdl_options(q.device))
 
 
 @functools.lru_cache(maxsize=256)  # where no CUDA graph launches, the host does, hundreds of kernels a frame
@@ -152,6 +151,6 @@ class Partials(NamedTuple):
             n_splits, n_rows, width = self.out.shape
             combine_kernel[n_rows, cdiv(width, COMBINED_COLUMNS)](
                 *self, out, n_rows, n_splits, D=width, BLOCK_S=next_power_of_2(n_splits), BLOCK_D=COMBINED_COLUMNS,
-                HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=2,
+                **pdl_options(out.device), num_warps=2,
             )  # fmt: skip
         return out

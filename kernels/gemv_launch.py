@@ -8,7 +8,7 @@ import torch
 
 from qtts_compile.kernels.launch_search import can_search, search
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
-from qtts_compile.kernels.pdl import has_pdl
+from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.sizes import cdiv, next_power_of_2
 
 MAX_MULTIPLIED_ROWS = 2  # in half precision more rows go to the tensor cores, whose tiles have at least 8
@@ -34,8 +34,7 @@ def launch_options(
         if launch is None and outputs * matrices * width * dtype.itemsize >= MIN_SEARCHED_BYTES and can_search(device):
             launch = search(shape, candidates(rows, outputs, width, dtype, matrices), weights, run)
     launch = (launch or choose_launch(rows, outputs, width, dtype, matrices))._replace(**overridden)
-    pdl = has_pdl(device)
-    return {**_constants(launch, width, matrices, dtype.itemsize), "HAS_PDL": pdl, "launch_pdl": pdl}
+    return _constants(launch, width, matrices, dtype.itemsize) | pdl_options(device)
 
 
 @functools.cache

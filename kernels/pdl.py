@@ -17,6 +17,12 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Return what a launch is given by which its kernel starts early, where it can: the constant that it reads, and Triton's launch option."""
+    pdl = has_pdl(device)
+    return {"HAS_PDL": pdl, "launch_pdl": pdl}
+
+
 @triton.jit
 def announce(HAS_PDL: tl.constexpr):
     """Let the next kernel start once every program of this one has, to request its weights meanwhile."""

@@ -10,7 +10,7 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_like, check_rank, check_shape
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row, check_kv_write
 from qtts_compile.kernels.library import define_op
-from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
+from qtts_compile.kernels.pdl import announce, pdl_options, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.rotary import as_angles, check_rotary, empty_rotated, head_blocks, load_angles, rotary_reference, rotate
 from qtts_compile.kernels.rows import with_unit_stride
@@ -176,7 +176,7 @@ def qk_norm_rope_kv_write_triton(
         angles.stride_axis, angles.stride_batch, angles.stride_token,
         HALF=width // 2, BLOCK_H=block_h, BLOCK_F=block_f, **angles.constants,
         HAS_Q_WEIGHT=q_weight is not None, HAS_K_WEIGHT=k_weight is not None,
-        HAS_PDL=has_pdl(q.device), launch_pdl=has_pdl(q.device), num_warps=4, enable_fp_fusion=False, debug=True, sanitize_overflow=False,
+        **pdl_options(q.device), num_warps=4, enable_fp_fusion=False, debug=True, sanitize_overflow=False,
     )  # fmt: skip
     return out
 

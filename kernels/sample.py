@@ -11,7 +11,7 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_rank, check_shape
 from qtts_compile.kernels.library import define_op
-from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
+from qtts_compile.kernels.pdl import announce, pdl_options, wait_for_inputs
 from qtts_compile.kernels.philox import uniform, uniform_reference
 from qtts_compile.kernels.rows import with_unit_stride
 from qtts_compile.kernels.sizes import next_power_of_2
@@ -245,16 +245,15 @@ def draw_arguments(
     num_warps: int | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments and launch options that a kernel needs for :func:`draw_token`; ``num_warps`` overrides what is chosen from V."""
-    width, pdl = logits.shape[1], has_pdl(logits.device)
+    width = logits.shape[1]
     logits = with_unit_stride(logits)
     seen, blocked = (None if mask is None else with_unit_stride(mask) for mask in (seen, blocked))
     block = max(MIN_BLOCK, next_power_of_2(width))
     # A penalised logit has the bits of a float32.
     shift = 0 if seen is not None else {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype]
     strides = logits.stride(0), seed.stride(0), *(0 if mask is None else mask.stride(0) for mask in (seen, blocked))
-    options = dict(BLOCK=block, SHIFT=shift, HAS_PDL=pdl, launch_pdl=pdl, debug=True, sanitize_overflow=False)
-    options["num_warps"] = num_warps or max(1, min(16, block // 256))
-    return (logits, controls.contiguous(), seed, offset, seen, blocked, width, strides), options
+    options = dict(BLOCK=block, SHIFT=shift, num_warps=num_warps or max(1, min(16, block // 256)), debug=True, sanitize_overflow=False)
+    return (logits, controls.contiguous(), seed, offset, seen, blocked, width, strides), options | pdl_options(logits.device)
 
 
 def sample_triton(

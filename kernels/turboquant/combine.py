@@ -9,7 +9,7 @@ import triton.language as tl
 
 from qtts_compile.kernels.combine import load_weights
 from qtts_compile.kernels.flash_decoding_launch import Partials
-from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
+from qtts_compile.kernels.pdl import announce, pdl_options, wait_for_inputs
 from qtts_compile.kernels.sizes import next_power_of_2
 from qtts_compile.kernels.turboquant.format import E4M3_BITS
 from qtts_compile.kernels.turboquant.rotation import unrotate_rows
@@ -42,6 +42,6 @@ def combine(partials: Partials, out: torch.Tensor, n_of_codes: int, bits: int) -
     n_splits, n_rows, width = partials.out.shape
     _combine_kernel[(n_rows,)](
         *partials, out, n_rows, n_splits, n_of_codes, D=width, BLOCK_S=next_power_of_2(n_splits),
-        HAS_PDL=has_pdl(out.device), launch_pdl=has_pdl(out.device), num_warps=2,
+        **pdl_options(out.device), num_warps=2,
     )  # fmt: skip
     return out
