@@ -244,7 +244,7 @@ def test_after_warmup_nothing_is_compiled(tts, monkeypatch):
     monkeypatch.setattr("qtts_compile.engine.NEAR", 24)  # the prompt's tokens are fewer, with the frames they are more
     torch.compiler.reset()
     compiled = TTS(tts.model, mode="default", backend="eager", max_seq_len=64)
-    compiled.codec = tts.codec  # test_codec.py compiles it
+    compiled.codec = tts.codec  # test_codec_compiled.py compiles it
     compiled.warmup(prompt_lengths=(16,))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
