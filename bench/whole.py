@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench import models
 from bench.engines import begin, compile_seconds
-from bench.hearing import CALL, WrongAudio
+from bench.hearing import CALL, WrongAudio, first_chunk
 from bench.peers import SLOTS, Graphs, hand_in, patch_generate, patch_graphs, told_by
 from bench.reads import cache_figures
 from bench.run import Run
@@ -24,9 +24,8 @@ from bench.task import CHECKED_FRAMES, FRAME_MS, PROMPT, Task, check, generate
 from bench.timing import figure, forget_memory_peak, memory, synchronize
 from qtts_compile.cache import StaticKVCache
 from qtts_compile.environment import import_qwen_tts
+from qtts_compile.pipeline import RECORDING_RUNS
 from qtts_compile.tts import TTS
-
-SETTLING_CALLS = 2  # with CUDA graphs one call warms up and one records; the next replays
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def measure(run: Run, load: Callable[[], Speaker], size: models.Size) -> None:
         compiled = compile_seconds()
         first, _ = _timed(lambda: _speak(speaker, 2))
         compiled = compile_seconds() - compiled
-        settling, _ = _timed(lambda: [_speak(speaker, frames) for _ in range(SETTLING_CALLS)])
+        settling, _ = _timed(lambda: [_speak(speaker, frames) for _ in range(RECORDING_RUNS)])
         held = memory("text to waveform")
         row["check"], cache = _check(run, speaker, size)
         times, seconds = zip(*(_timed(lambda: _speak(speaker, frames)) for _ in range(run.repeats)))
@@ -177,16 +176,5 @@ def _first_audio(speaker: Speaker, repeats: int) -> list[float]:
     """Return the milliseconds from a call to its first samples in the host's memory, of calls that find nothing left to compile or record."""
     if speaker.stream is None:
         return [1000 * _timed(lambda: _speak(speaker, CHECKED_FRAMES))[0] for _ in range(repeats)]
-    return [_first_chunk(speaker.stream) for _ in range(SETTLING_CALLS + repeats)][SETTLING_CALLS:]
-
-
-def _first_chunk(begin: Callable[..., Iterator[Any]]) -> float:
-    """Return the milliseconds from a call to the first chunk of its stream."""
-    torch.manual_seed(0)
-    synchronize()
-    started = time.perf_counter()
-    stream: Any = begin(**CALL)
-    next(stream)
-    taken = time.perf_counter() - started
-    stream.close()
-    return 1000 * taken
+    stream = functools.partial(speaker.stream, **CALL)
+    return [first_chunk(stream) for _ in range(RECORDING_RUNS + repeats)][RECORDING_RUNS:]
