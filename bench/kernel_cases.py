@@ -32,6 +32,7 @@ class KernelCase:
         read_bytes: ``(rows, element size)`` -> bytes that a call must read from the GPU's memory; 0 where it only touches what the cache holds.
         library: computes the same by cuBLAS or another of PyTorch's own kernels.
         written: arguments that a call writes to.
+        most_rows: that it takes together.
     """
 
     name: str
@@ -40,6 +41,7 @@ class KernelCase:
     read_bytes: Callable[[int, int], float] = lambda rows, size: 0
     library: Callable[..., Any] | None = None
     written: tuple[int, ...] = ()
+    most_rows: int | None = None
 
     @property
     def kernel(self) -> Callable[..., Any]:
@@ -108,6 +110,22 @@ def _qk_norm(name: str, slots: int, sections: list[int], position: int, attends:
     return KernelCase(name, "qk_norm_rope_attention" if attends else "qk_norm_rope_kv_write", arguments, read_bytes, written=(11, 12))
 
 
+def _norm_qkv(name: str, hidden: int, slots: int, sections: list[int], position: int) -> KernelCase:
+    """Return a case of the projections of a text alone with ``qk_norm_rope_attention``."""
+    attention = _qk_norm(name, slots, sections, position, attends=True)
+
+    def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
+        new = partial(torch.randn, device=device, dtype=dtype)
+        x, norm = new(rows, 1, hidden), new(hidden)
+        weights = [[new(heads * WIDTH, hidden) * hidden**-0.5 for heads in (HEADS, KV_HEADS, KV_HEADS)] for _ in range(copies)]
+        return [(x, norm, each, EPS, *rest[3:]) for each, rest in zip(weights, attention.arguments(rows, device, dtype, copies))]
+
+    def read_bytes(rows: int, size: int) -> float:
+        return (HEADS + 2 * KV_HEADS) * WIDTH * hidden * size + attention.read_bytes(rows, size)
+
+    return KernelCase(name, "norm_qkv_attention", arguments, read_bytes, written=(12, 13), most_rows=1)
+
+
 def _sample(name: str, vocabulary: int, is_penalised: bool, width: int | None = None) -> KernelCase:
     """Return a case of the sampler, which with a ``width`` also looks up the embeddings of what it draws."""
 
@@ -154,6 +172,9 @@ def _cases() -> Iterator[KernelCase]:
         slots = -(-(position + 1) // 1024) * 1024
         yield _attention(f"talker attention, position {position}", slots, position)
         yield _qk_norm(f"talker qk-norm, rotary, attention, position {position}", slots, SECTIONS, position, attends=True)
+    for owner, hidden in (("talker", 2048), ("talker of 0.6B", 1024)):
+        yield _norm_qkv(f"{owner} norm, qkv, attention, position 64", hidden, 256, SECTIONS, 64)
+    yield _norm_qkv("predictor norm, qkv, attention", 1024, 16, [], 8)
     yield _attention("predictor attention", 16, 8)
     yield _qk_norm("predictor qk-norm, rotary, attention", 16, [], 8, attends=True)
     yield _qk_norm("talker qk-norm, rotary, kv-write", 2048, SECTIONS, 100)

@@ -30,7 +30,11 @@ def kernels(run: Run, rows: int = 1, cases: Sequence[str] = tuple(KERNEL_CASES))
         torch.compiler.reset()
         run.failed.clear()  # a kernel's failure is its own
         with run.row(f"{name}, rows: {rows}") as row, torch.inference_mode():
-            measure(run, KERNEL_CASES[name], rows, row)
+            most = KERNEL_CASES[name].most_rows
+            if most is not None and rows > most:
+                row["skipped"] = f"takes {most} at a time"
+            else:
+                measure(run, KERNEL_CASES[name], rows, row)
 
 
 def measure(run: Run, case: KernelCase, rows: int, row: dict[str, Any]) -> None:

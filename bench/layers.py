@@ -32,7 +32,8 @@ from qtts_compile.kernels.gemv_launch import candidates
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, remember
 from qtts_compile.kernels.linear_add import linear_add_triton
-from qtts_compile.kernels.norm_linears import norm_linears_triton
+from qtts_compile.kernels.norm_linears import norm_linears, norm_linears_triton
+from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS, norm_qkv_attention, norm_qkv_attention_triton
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
 from qtts_compile.options import KV_CACHES
 
@@ -59,13 +60,27 @@ STACKS = {
 }
 
 
+def is_joined(stack: Stack, kv_cache: str) -> bool:
+    """Tell whether one operator computes projections and attention, as in a frame."""
+    return kv_cache == "bf16" and stack.slots <= MAX_SLOTS
+
+
 def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callable[..., torch.Tensor]:
-    """Return attention over a cache with a random prompt, a function of queries, keys and values ``[1, heads, 1, WIDTH]``."""
+    """Return attention over a cache with a random prompt: ``[1, heads, 1, WIDTH]`` of x ``[1, hidden]``, its norm's weight and the projections."""
     case = AttentionCase("", stack.slots, stack.position, stack.sections)
     sets = build_arguments(kv_cache, case, 1, device, copies=1)
     write_prompt(kv_cache, case, sets)
-    attend, rest = kernel_of(kv_cache, device), sets[0][3:]
-    return lambda q, k, v: attend(q, k, v, *rest)
+    attend, rest, is_cpu = kernel_of(kv_cache, device), sets[0][3:], device == "cpu"
+    if is_joined(stack, kv_cache):
+        joined = norm_qkv_attention if is_cpu else norm_qkv_attention_triton
+        return lambda x, norm, projections: joined(x, norm, projections, EPS, *rest)
+    project = norm_linears if is_cpu else norm_linears_triton
+
+    def projected(x: torch.Tensor, norm: torch.Tensor, projections: list[torch.Tensor]) -> torch.Tensor:
+        states = project(x, norm, projections, [None] * 3, EPS)
+        return attend(*(state.view(1, 1, -1, WIDTH).transpose(1, 2) for state in states), *rest)
+
+    return projected
 
 
 def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor], torch.Tensor]:
@@ -80,9 +95,7 @@ def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor]
     down, norms, attend = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), build_attention(stack, kv_cache)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        states = norm_linears_triton(x, norms[0], projections, [None] * 3, EPS)
-        q, k, v = (state.view(1, 1, -1, WIDTH).transpose(1, 2) for state in states)
-        x = linear_add_triton(attend(q, k, v).transpose(1, 2).reshape(1, -1), out, None, x)
+        x = linear_add_triton(attend(x, norms[0], projections).transpose(1, 2).reshape(1, -1), out, None, x)
         return linear_add_triton(norm_swiglu_triton(x, norms[1], gate, up, EPS), down, None, x)
 
     return layer
@@ -115,11 +128,13 @@ def measure(layers: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tenso
     return median(microseconds(run, [(x,)], ROUNDS)) / len(layers)
 
 
-def search(name: str, layers: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, compiled: set[tuple[Case, Launch]]) -> dict[str, Launch]:
+def search(
+    name: str, parts: Sequence[str], layers: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, compiled: set[tuple[Case, Launch]]
+) -> dict[str, Launch]:
     """Try each linear kernel's launches in its place, twice over; return those that are used from now on."""
     device, found = x.device, {}
     best = min(measure(layers, x) for _ in range(5))
-    for part in PARTS * 2:
+    for part in (*parts, *parts):
         case = case_of(name, part)
         chosen = before = chosen_launch(case, 1)
         for launch in launches_of(case):
@@ -176,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         us = [min(measure(layers, x) for _ in range(5))]
         if name in to_search:
             to_search.remove(name)
-            table |= search(name, layers, x, compiled)
+            table |= search(name, [part for part in PARTS if part != "qkv" or not is_joined(stack, kv_cache)], layers, x, compiled)
             us.append(min(measure(layers, x) for _ in range(5)))
         floor = sum(case_of(name, part).weight_bytes for part in PARTS) / copy_bandwidth() / 1e6
         launches = {part: chosen_launch(case_of(name, part), 1) for part in PARTS}

@@ -25,16 +25,22 @@ def test_readme_s_commands_are_understood():
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "int4", "k4v3", "fp8"])
-def test_attention_of_a_layer_reads_its_prompt(kv_cache):
-    stack = layers.STACKS["talker"]._replace(slots=128, position=100)
+@pytest.mark.parametrize("slots", [128, 512])
+def test_attention_of_a_layer_reads_its_prompt(kv_cache, slots):
+    stack = layers.STACKS["talker"]._replace(hidden=64, slots=slots, position=100)
+    assert layers.is_joined(stack, kv_cache) == (kv_cache == "bf16" and slots == 128)
     torch.manual_seed(0)
     attend = layers.build_attention(stack, kv_cache, "cpu")
-    q, k, v = (torch.randn(1, heads, 1, layers.WIDTH).bfloat16() for heads in (16, 8, 8))
-    first, other = attend(q, k, v), attend(torch.randn_like(q), k, v)
-    assert first.shape == q.shape and first.isfinite().all() and not torch.equal(first, other)
-    assert not torch.allclose(first, v.repeat_interleave(2, dim=1), atol=0.1)  # as it would be if the new token were alone
+    norm, projections = torch.ones(64).bfloat16(), [torch.randn(heads * layers.WIDTH, 64).bfloat16() / 8 for heads in (16, 8, 8)]
+    x = torch.randn(1, 64).bfloat16()
+    first, other = attend(x, norm, projections), attend(torch.randn_like(x), norm, projections)
+    assert first.shape == (1, 16, 1, layers.WIDTH) and first.isfinite().all() and not torch.equal(first, other)
+    new = (x.float() / x.float().square().mean().sqrt() @ projections[2].float().T).view(1, 8, 1, layers.WIDTH)
+    assert not torch.allclose(first.float(), new.repeat_interleave(2, dim=1), atol=0.1)  # as it would be if the new token were alone
 
 
 def test_the_code_predictor_s_attention_takes_its_cache():
-    q, k, v = (torch.randn(1, heads, 1, layers.WIDTH).bfloat16() for heads in (16, 8, 8))
-    assert layers.build_attention(layers.STACKS["predictor"], "bf16", "cpu")(q, k, v).shape == q.shape
+    stack = layers.STACKS["predictor"]
+    projections = [torch.randn(heads * layers.WIDTH, 1024).bfloat16() / 32 for heads in (16, 8, 8)]
+    attend = layers.build_attention(stack, "bf16", "cpu")
+    assert attend(torch.randn(1, 1024).bfloat16(), torch.ones(1024).bfloat16(), projections).shape == (1, 16, 1, layers.WIDTH)

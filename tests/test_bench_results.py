@@ -17,6 +17,7 @@ from qtts_compile.kernels.decode_attention import _decode_attention_kernel
 from qtts_compile.kernels.embedding_linear import _embedding_linear_kernel
 from qtts_compile.kernels.linear_add import _linear_add_kernel
 from qtts_compile.kernels.norm_linears import _norm_linears_kernel
+from qtts_compile.kernels.norm_qkv_attention_kernel import norm_qkv_attention_kernel
 from qtts_compile.kernels.norm_swiglu import _norm_swiglu_kernel
 from qtts_compile.kernels.qk_norm_rope_attention import _qk_norm_rope_attention_kernel
 from qtts_compile.kernels.qk_norm_rope_kv_write import _qk_norm_rope_kv_write_kernel
@@ -170,6 +171,7 @@ def test_commands_are_shown_without_where_they_wrote():
     ("name", "kind"),
     [
         (_norm_linears_kernel.__name__, "gemv"),
+        (norm_qkv_attention_kernel.__name__, "gemv"),
         (_norm_swiglu_kernel.__name__, "gemv"),
         (_linear_add_kernel.__name__, "gemv"),
         (_embedding_linear_kernel.__name__, "gemv"),

@@ -268,7 +268,7 @@ def test_a_range_of_layers_is_rewritten_in_stacks_compiled_whole():
     with collect() as report:
         codes = speak(engine, prompt(talker, [9]), settings()).codes
     assert torch.equal(codes, generate_codes(talker, 32, [9]))
-    steps = [kernels(graph)["qk_norm_rope_attention"] for graph in report.graphs]
+    steps = [kernels(graph)["qk_norm_rope_attention"] + kernels(graph)["norm_qkv_attention"] for graph in report.graphs]
     assert [count for count in steps if count] == [1, 1, 1]
 
 

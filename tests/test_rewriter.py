@@ -30,6 +30,7 @@ def test_layers_limits_the_rewrites_to_exactly_those(layers):
         expected = expected_kernels(replace(c, layers=len(wanted)), phase, "static", run.rows(phase))
         for name in (
             "norm_linears",
+            "norm_qkv_attention",
             "norm_swiglu",
             "linear_add",
             "attention",
@@ -55,20 +56,26 @@ def test_layers_beyond_the_model_are_refused(model):
 
 # What no longer appears once a rewrite is off: itself, and the fusions that start from it.
 DEPENDENT = {
-    "rms_norm": {"rms_norm", "add_rms_norm"},
+    "rms_norm": {"rms_norm", "add_rms_norm", "norm_qkv_attention"},
     "swiglu": {"swiglu", "norm_swiglu"},
-    "rotary": {"rotary", "rotary_qk", "qk_norm_rope_kv_write", "qk_norm_rope_attention"},
-    "kv_write": {"kv_write", "qk_norm_rope_kv_write", "qk_norm_rope_attention"},
-    "attention": {"attention", "qk_norm_rope_kv_write", "qk_norm_rope_attention"},
-    "qk_norm_rope_kv_write": {"qk_norm_rope_kv_write", "qk_norm_rope_attention"},
+    "rotary": {"rotary", "rotary_qk", "qk_norm_rope_kv_write", "qk_norm_rope_attention", "norm_qkv_attention"},
+    "kv_write": {"kv_write", "qk_norm_rope_kv_write", "qk_norm_rope_attention", "norm_qkv_attention"},
+    "attention": {"attention", "qk_norm_rope_kv_write", "qk_norm_rope_attention", "norm_qkv_attention"},
+    "qk_norm_rope_kv_write": {"qk_norm_rope_kv_write", "qk_norm_rope_attention", "norm_qkv_attention"},
+    "qk_norm_rope_attention": {"qk_norm_rope_attention", "norm_qkv_attention"},
+    "norm_linears": {"norm_linears", "norm_qkv_attention"},
 }
 # What takes over the pieces instead, in other numbers.
 HEIRS = {
     "swiglu": {"norm_linears"},
-    **{name: {"rms_norm", "kv_write", "rotary_qk", "attention"} for name in ("rotary", "kv_write", "attention", "qk_norm_rope_kv_write")},
-    "qk_norm_rope_attention": {"qk_norm_rope_kv_write", "attention"},
+    **{
+        name: {"rms_norm", "kv_write", "rotary_qk", "attention", "norm_linears"}
+        for name in ("rotary", "kv_write", "attention", "qk_norm_rope_kv_write")
+    },
+    "qk_norm_rope_attention": {"qk_norm_rope_kv_write", "attention", "norm_linears"},
+    "norm_qkv_attention": {"qk_norm_rope_attention", "norm_linears"},
     "norm_swiglu": {"swiglu", "norm_linears"},
-    "norm_linears": {"rms_norm"},
+    "norm_linears": {"rms_norm", "qk_norm_rope_attention"},
     "linear_add": {"norm_linears", "add_rms_norm", "rms_norm"},
     "add_rms_norm": {"rms_norm"},
 }

@@ -17,7 +17,7 @@ from tests.ptx.memory import Memory, Scratch
 from tests.ptx.program import Instruction, Program
 from tests.ptx.registers import Bits, Lanes, as_bits, as_values, field, is_float, size
 
-SILENT = {"bar", "barrier", "fence", "membar", "griddepcontrol", "nanosleep"}  # no result, and warps are in step
+SILENT = {"bar", "barrier", "fence", "membar", "griddepcontrol", "nanosleep", "createpolicy"}  # no result, and warps are in step
 UNWRITTEN = 0x7FC01234  # NaN, in a register that was never written
 SHARED_BYTES = 232448
 LOCAL, LOCAL_BYTES = 1 << 60, 4096  # where local memory begins, and how much each lane has
@@ -41,11 +41,13 @@ class Machine:
     """
 
     def __init__(self, program: Program, warps: int, parameters: dict[str, int], memory: Memory, place: dict[str, int]) -> None:
-        self._program, self._parameters, self._memory, self._shared = program, parameters, memory, Scratch(SHARED_BYTES)
+        self._program, self._memory, self._shared = program, memory, Scratch(SHARED_BYTES)
+        self._parameters = np.array(list(parameters.values()), np.uint64)
         self._lanes = 32 * warps
         lane = np.arange(self._lanes, dtype=np.uint64)
         self._registers: dict[str, Bits] = {"%tid.x": lane, "%laneid": lane % np.uint64(32), "%tid.y": self._all(0), "%tid.z": self._all(0)}
         self._registers |= {name: self._all(value) for name, value in place.items()}
+        self._registers |= {name: self._all(8 * i) for i, name in enumerate(parameters)}  # their addresses
         self._registers["__local_depot0"] = lane * np.uint64(LOCAL_BYTES) + np.uint64(LOCAL)
         self._local = Scratch(LOCAL_BYTES * self._lanes, first=LOCAL)
 
@@ -63,10 +65,8 @@ class Machine:
                 if active.all():
                     if name == "ret":
                         break
-                    at = self._program.labels[str(instruction.operands[0])]
-            elif name in ("trap", "call"):
-                raise DeviceAssert(instruction.text)
-            elif name not in SILENT:
+                    at = self._program.targets[at - 1]
+            else:
                 self._execute(instruction, active)
         return count
 
@@ -75,6 +75,11 @@ class Machine:
         own: Callable[..., None] | None = getattr(self, f"_{op[0]}", None)
         if own is not None:
             own(op, operands, active, text)
+        elif op[0] in ("trap", "call"):
+            if active.any():
+                raise DeviceAssert(text)
+        elif op[0] in SILENT:
+            pass
         elif op[-1].endswith("16x2"):
             values = [self._packed(operand, op[-1]) for operand in operands[1:]]
             compute = (arithmetic.FLOATS if is_float(op[-1]) else arithmetic.WHOLE)[op[0]]
@@ -161,7 +166,7 @@ class Machine:
     def _ld(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:
         names = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
         if op[1] == "param":
-            self._assign(names[0], self._all(self._parameters[operands[1].strip("[]")]), active)
+            self._assign(names[0], self._parameters[np.where(active, self._addresses(operands[1]), 0) // 8], active)
             return
         count, loaded = size(op[-1]), np.zeros((len(names), self._lanes), np.uint64)
         for lane, cells in self._cells(op, operands[1], len(names), active, text):
@@ -181,8 +186,11 @@ class Machine:
         """Yield each active lane with the bytes of ``count`` elements at its address."""
         addresses = self._addresses(address)
         for lane in np.flatnonzero(active):
-            space = self._shared if op[1].startswith("shared") else self._local if addresses[lane] >= LOCAL else self._memory
-            yield lane, space.at(int(addresses[lane]), count * size(op[-1]), text)
+            yield lane, self._at(op, int(addresses[lane]), count * size(op[-1]), text)
+
+    def _at(self, op: tuple[str, ...], address: int, count: int, text: str) -> Lanes:
+        space = self._shared if op[1].startswith("shared") else self._local if address >= LOCAL else self._memory
+        return space.at(address, count, text)
 
     def _setp(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:
         if op[-1] in ("f16x2", "bf16x2"):
@@ -214,6 +222,11 @@ class Machine:
         lane, step = np.arange(self._lanes) % 32, self._bits(operands[2]).astype(np.int64)
         source = {"bfly": lane ^ step, "idx": step % 32, "down": np.minimum(lane + step, 31), "up": np.maximum(lane - step, 0)}[op[2]]
         self._assign(operands[0].split("|")[0], self._bits(operands[1])[np.arange(self._lanes) // 32 * 32 + source], active)
+
+    def _elect(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:
+        leader, is_leader = operands[0].split("|")
+        self._assign(leader, self._all(0), active)
+        self._assign(is_leader, as_bits(self._registers["%laneid"] == 0, "pred"), active)
 
     def _redux(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:
         values = self._value(operands[1], op[-1].replace("b", "u")).reshape(-1, 32)

@@ -7,6 +7,7 @@ Triton's interpreter runs what is written; this runs what became of it, layouts,
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,15 +17,23 @@ import torch
 import triton
 
 from bench.compiling import Target
+from qtts_compile.kernels import cluster, pdl
+from tests.ptx.cluster import Cluster
 from tests.ptx.machine import Machine
+from tests.ptx.mbarrier import ClusterError
 from tests.ptx.memory import Memory
-from tests.ptx.program import parse
+from tests.ptx.program import Program, parse
 
 HOPPER = (9, 0)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ptx-seed", type=int, default=0, help="of the order in which warps of clusters run, and what they send each other arrives")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Compile for Hopper, and run instead of launching."""
+    pdl.has_pdl = cluster.has_clusters = cluster.have_room = lambda *_: True
     triton.runtime.driver.set_active(cast(Any, Target(HOPPER)))
     compile_or_launch = triton.JITFunction.run
 
@@ -33,13 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
         bound = self.signature.bind(*arguments, **{name: value for name, value in options.items() if name in self.signature.parameters})
         if not warmup:
             places: Any = grid(bound.arguments) if callable(grid) else grid
-            simulate(kernel, bound.arguments, places)
+            simulate(kernel, bound.arguments, places, cast(int, config.getoption("--ptx-seed")))
         return kernel
 
     triton.JITFunction.run = run
 
 
-def simulate(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+def simulate(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...], seed: int = 0) -> None:
     """Run a compiled kernel for every place of a grid."""
     tensors: list[torch.Tensor] = []
     bits = [_as_bits(value, kind, tensors) for name, kind in kernel.src.signature.items() for value, kind in _flat(arguments.get(name), kind)]
@@ -47,9 +56,30 @@ def simulate(kernel: Any, arguments: dict[str, Any], grid: tuple[int, ...]) -> N
     parameters = {f"{kernel.metadata.name}_param_{i}": value for i, value in enumerate(with_scratch)}
     program, memory = parse(kernel.asm["ptx"]), Memory(tensors)
     whole = (*grid, 1, 1)[:3]
-    for place in itertools.product(*(range(count) for count in whole)):
-        names = {f"%{kind}.{axis}": at[i] for kind, at in (("ctaid", place), ("nctaid", whole)) for i, axis in enumerate("xyz")}
+    if kernel.metadata.num_ctas > 1:
+        _run_clusters(program, kernel.metadata, parameters, memory, whole, seed)
+        return
+    for names in _places("ctaid", whole):
         Machine(program, kernel.metadata.num_warps, parameters, memory, names).run()
+
+
+def _run_clusters(program: Program, metadata: Any, parameters: dict[str, int], memory: Memory, grid: tuple[int, ...], seed: int) -> None:
+    """Run clusters twice: what they send arrives at once, then late. Raises ClusterError if that changes the result."""
+    before, results = memory.contents(), []
+    for order in (None, random.Random(seed)):
+        memory.restore(before)
+        for names in _places("clusterid", grid):
+            is_late = order is not None
+            Cluster(program, metadata.num_ctas, metadata.num_warps, parameters, memory, names, metadata.shared, order, is_late).run()
+        results.append(memory.contents())
+    if not all(np.array_equal(*both) for both in zip(*results, strict=True)):
+        raise ClusterError(f"the result of {metadata.name} depends on the order in which things happen (--ptx-seed={seed})")
+
+
+def _places(kind: str, grid: tuple[int, ...]) -> Iterator[dict[str, int]]:
+    """Yield each place of a grid, and the grid's size, by the names of the registers that hold them."""
+    for place in itertools.product(*(range(count) for count in grid)):
+        yield {f"%{name}.{axis}": at[i] for name, at in ((kind, place), (f"n{kind}", grid)) for i, axis in enumerate("xyz")}
 
 
 def _flat(value: Any, kind: Any) -> Iterator[tuple[Any, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from typing import NamedTuple
 
 
@@ -23,10 +24,10 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The body of a kernel: its instructions, and where each label stands among them."""
+    """The body of a kernel: its instructions, and for each branch among them, by its index, that of the instruction to which it goes."""
 
     instructions: list[Instruction]
-    labels: dict[str, int]
+    targets: dict[int, int]
 
 
 def parse(ptx: str) -> Program:
@@ -35,19 +36,24 @@ def parse(ptx: str) -> Program:
     body = body[body.index("{", body.index(")")) + 1 :].split("// -- End function")[0]
     body = re.sub(r"//[^\n]*", "", body)
     instructions: list[Instruction] = []
-    labels: dict[str, int] = {}
+    scope: ChainMap[str, int] = ChainMap()  # labels; those of inline assembly may repeat outside their braces
+    branches: dict[int, ChainMap[str, int]] = {}
     for statement in re.split(r"[;\n]", body):
         text = statement.strip()
         if text.startswith("{") and not text.startswith("{ %"):  # a scope
-            text = text[1:].strip()
+            scope, text = scope.new_child(), text[1:].strip()
         if label := re.match(r"^(\$?[\w$]+):(.*)$", text):
-            labels[label[1]] = len(instructions)
+            scope[label[1]] = len(instructions)
             text = label[2].strip()
-        if text.count("}") > text.count("{"):
+        if is_last := text.count("}") > text.count("{"):
             text = text.rstrip("} ")
         if text and not text.startswith("."):  # directives declare registers and say where the source stands
             instructions.append(_instruction(text))
-    return Program(instructions, labels)
+            if instructions[-1].op[0] == "bra":
+                branches[len(instructions) - 1] = scope
+        if is_last:
+            scope = scope.parents
+    return Program(instructions, {at: labels[str(instructions[at].operands[0])] for at, labels in branches.items()})
 
 
 def _instruction(text: str) -> Instruction:

@@ -1,0 +1,245 @@
+"""Thread block clusters of Hopper, for Gluon kernels to use: programs ("CTAs") that run together and write into each other's shared memory.
+
+Instructions are those of the PTX ISA. Memory is used by address, and barriers are of the kind ``mbarrier`` with one phase, which bytes complete:
+who sends data into another CTA needs no fence, and who waits for it no barrier. All CTAs of a cluster hold the same tensors, as far as Gluon knows.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false
+# Gluon's types do not know its tensors' operators.
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+CTAS = 16  # of a cluster, more than a GPU has to offer: those of compute capability 9.0 do
+WARPS = 4  # of a CTA
+HOPPER = (9, 0)
+
+log = logging.getLogger(__name__)
+_HAVE_ROOM: dict[torch.device, bool] = {}
+
+
+@functools.cache
+def has_clusters(device: torch.device) -> bool:
+    """Tell whether a GPU is of the kind on which kernels of clusters were tested."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+
+
+def have_room(device: torch.device, compile_kernel: Callable[[], Any]) -> bool:
+    """Tell whether a GPU has as many multiprocessors side by side as a cluster needs; a part of one (MIG) may not. A kernel is asked, the first."""
+    if device not in _HAVE_ROOM:
+        kernel = compile_kernel()
+        kernel.run  # loads it  # noqa: B018
+        clusters = triton.runtime.driver.active.utils.cuOccupancyMaxActiveClusters(kernel.function, kernel.metadata.shared, CTAS)
+        _HAVE_ROOM[device] = clusters > 0
+        if not clusters:
+            log.warning("%s has no room for a cluster of %d thread blocks: kernels without clusters are used", device, CTAS)
+    return _HAVE_ROOM[device]
+
+
+@gluon.constexpr_function
+def everywhere(rank):
+    """Return the part of a layout which says that all CTAs of a cluster hold the same elements."""
+    return [[0] * rank for _ in range(4)]  # of CTAS = 2 ** 4
+
+
+@gluon.constexpr_function
+def linear_layout(registers, lanes, warps, shape):
+    """Return the layout of a tensor whose coordinates the bits of a register, a lane and a warp add to."""
+    return gl.DistributedLinearLayout(registers, lanes, warps, everywhere(len(shape)), shape)
+
+
+@gluon.constexpr_function
+def _memory_layout():
+    return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=everywhere(1))
+
+
+@gluon.jit
+def allocate(BYTES: gl.constexpr):
+    """Return all the shared memory of a kernel, to be kept alive to its end, and the address at which it begins."""
+    layout: gl.constexpr = _memory_layout()
+    memory = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], layout)
+    mbarrier.init(memory.index(31), 1)  # of no use, but that Triton declares the memory
+    return memory, gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def cluster_rank():
+    """Return the number of this CTA in its cluster."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def announce(HAS_PDL: gl.constexpr):
+    """Let the next kernel start; see ``pdl.announce``."""
+    if HAS_PDL:
+        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_inputs(HAS_PDL: gl.constexpr):
+    """Wait until all earlier kernels have ended; see ``pdl.wait_for_inputs``."""
+    if HAS_PDL:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def prepare_barriers(address, first_bytes, second_bytes):
+    """Make two barriers, at ``address`` and 8 bytes after it, that are complete when so many bytes have arrived."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 t; .reg .u64 s;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        @p mbarrier.init.shared::cta.b64 [$1], 1;
+        @p mbarrier.init.shared::cta.b64 [$1+8], 1;
+        @p fence.mbarrier_init.release.cluster;
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 s, [$1], $2;
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 s, [$1+8], $3;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r", [address, first_bytes, second_bytes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def arrive_at_cluster():
+    """Tell the cluster that this CTA's barriers are ready, which the fence behind their initialisation has published."""
+    gl.inline_asm_elementwise("barrier.cluster.arrive.relaxed.aligned; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_cluster():
+    """Wait until all CTAs of the cluster have arrived."""
+    gl.inline_asm_elementwise("barrier.cluster.wait.acquire.aligned; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_bytes(address):
+    """Wait until the barrier at ``address`` is complete."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred done;
+        again:
+        mbarrier.try_wait.parity.shared::cta.b64 done, [$1], 0;
+        @!done bra again;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def wait_for_cta():
+    """Wait for all warps of the CTA."""
+    gl.inline_asm_elementwise("bar.sync 0; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def request_bytes(target, Source_ptr, bytes, barrier):
+    """Copy from global to shared memory, a multiple of 16 bytes, in the background."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 t;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$2], $3, [$4];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,l,r,r", [target, Source_ptr.to(gl.int64), bytes, barrier], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_shared(addresses):
+    """Load a word of 32 bits at each address."""
+    return gl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [addresses], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_shared_byte(addresses):
+    """Load a byte at each address."""
+    return gl.inline_asm_elementwise("ld.shared.u8 $0, [$1];", "=r,r", [addresses], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_shared_half(addresses):
+    """Load a bfloat16 at each address, as float32."""
+    words = gl.inline_asm_elementwise("ld.shared.u16 $0, [$1];", "=r,r", [addresses], dtype=gl.int32, is_pure=False, pack=1)
+    return (words << 16).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def load_shared_2(addresses):
+    """Load words at addresses of which each thread has pairs that follow each other."""
+    return gl.inline_asm_elementwise("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r,r", [addresses], dtype=gl.int32, is_pure=False, pack=2)
+
+
+@gluon.jit
+def load_shared_4(addresses):
+    """Load words at addresses of which each thread has fours that follow each other."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r,r,r,r", [addresses], dtype=gl.int32, is_pure=False, pack=4
+    )
+
+
+@gluon.jit
+def store_shared(addresses, words, is_stored):
+    """Store words of 32 bits where ``is_stored``, an int32, is not zero."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.shared.b32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,r,r,r", [addresses, words, is_stored], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_shared_2(addresses, values):
+    """Store float32 at addresses of which each thread has pairs that follow each other."""
+    gl.inline_asm_elementwise(
+        "{ st.shared.v2.f32 [$2], {$4, $5}; mov.u32 $0, 0; mov.u32 $1, 0; }",
+        "=r,=r,r,r,f,f", [addresses, values], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_of_thread(address, values):
+    """Store the one float32 that each thread has, one after the other."""
+    gl.inline_asm_elementwise(
+        "{ .reg .u32 t; mov.u32 t, %tid.x; mad.lo.u32 t, t, 4, $1; st.shared.f32 [t], $2; mov.u32 $0, 0; }",
+        "=r,r,f", [address, values], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_global(pointers, words, is_stored):
+    """Store words, from whichever CTA: ``gl.store`` lets the first of a cluster store what all hold alike."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r", [pointers.to(gl.int64), words, is_stored], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def low(words):
+    """Return the first of two bfloat16, as float32."""
+    return (words << 16).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def high(words):
+    """Return the second of two bfloat16, as float32."""
+    return (words & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def pack(first, second):
+    """Round pairs of float32 to words of two bfloat16."""
+    return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1)
