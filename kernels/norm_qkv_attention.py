@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from qtts_compile.kernels import cluster
-from qtts_compile.kernels import norm_qkv_attention_kernel as kernel
 from qtts_compile.kernels.checks import check_rank
+from qtts_compile.kernels.clusters import device as clusters
+from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
+from qtts_compile.kernels.clusters.memory import GROUP, HEAD, KEYS, shared_bytes
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_linears import check_norm_linears, norm_linears_fake, norm_linears_reference, norm_linears_triton
@@ -26,8 +27,7 @@ from qtts_compile.kernels.qk_norm_rope_attention import (
 )
 from qtts_compile.kernels.rotary import Angles, as_angles
 
-GROUP, HEAD, KEYS = kernel.GROUP.value, kernel.HEAD.value, kernel.KEYS.value
-MAX_SLOTS = KEYS * cluster.CTAS
+MAX_SLOTS = KEYS.value * clusters.CTAS
 WIDTHS = (512, 1024, 2048)  # of x: with more the kernel runs out of registers
 
 
@@ -113,11 +113,12 @@ def _is_served(
     angles: Angles, k_cache: torch.Tensor, v_cache: torch.Tensor, mask: torch.Tensor | None,
 ) -> bool:  # fmt: skip
     """Tell whether the kernel of clusters can be launched: its sizes are fixed, and what it copies in bulk lies at multiples of 16 bytes."""
-    if not cluster.has_clusters(x.device) or x.dtype != torch.bfloat16 or norm_weight is None or q_weight is None or k_weight is None:
+    if not clusters.has_clusters(x.device) or x.dtype != torch.bfloat16 or norm_weight is None or q_weight is None or k_weight is None:
         return False
     slots, width = k_cache.shape[2:]
-    are_sizes_served = x.shape[-1] in WIDTHS and width == HEAD and slots % KEYS == 0 and weights[0].shape[0] == GROUP * weights[1].shape[0]
-    are_rows_dense = all(cache.stride()[2:] == (HEAD, 1) and cache.stride(1) % 8 == 0 for cache in (k_cache, v_cache))
+    are_heads_served = width == HEAD.value and weights[0].shape[0] == GROUP.value * weights[1].shape[0]
+    are_sizes_served = are_heads_served and x.shape[-1] in WIDTHS and slots % KEYS.value == 0
+    are_rows_dense = all(cache.stride()[2:] == (HEAD.value, 1) and cache.stride(1) % 8 == 0 for cache in (k_cache, v_cache))
     if not are_sizes_served or not are_rows_dense or not all(weight.is_contiguous() for weight in weights) or angles.stride_axis % 8:
         return False
     if mask is not None and (mask.dtype != torch.bool or mask.numel() != slots or mask.stride(-1) != 1):
@@ -137,17 +138,17 @@ def norm_qkv_attention_triton(
     angles = as_angles(cos, sin, sections, interleaved)
     if _is_served(x, norm_weight, weights, q_weight, k_weight, angles, k_cache, v_cache, mask):
         out = _allocate(x, weights, k_cache)
-        width, tiles = x.shape[-1], k_cache.shape[2] // KEYS
+        width, tiles = x.shape[-1], k_cache.shape[2] // KEYS.value
         arguments = (
             x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out,
             eps, q_eps, k_eps, scale, k_cache.stride(1), v_cache.stride(1), angles.stride_axis,
         )  # fmt: skip
         options = dict(
-            K=width, N_TILES=tiles, **angles.constants, SHARED_BYTES=kernel.shared_bytes(width, tiles),
-            **pdl_options(x.device), num_warps=cluster.WARPS, num_ctas=cluster.CTAS, debug=True, sanitize_overflow=False,
+            K=width, N_TILES=tiles, **angles.constants, SHARED_BYTES=shared_bytes(width, tiles),
+            **pdl_options(x.device), num_warps=clusters.WARPS, num_ctas=clusters.CTAS, debug=True, sanitize_overflow=False,
         )  # fmt: skip
-        launch = partial(kernel.norm_qkv_attention_kernel.run, *arguments, grid=(k_cache.shape[1],), **options)
-        if cluster.have_room(x.device, partial(launch, warmup=True)):
+        launch = partial(norm_qkv_attention_kernel.run, *arguments, grid=(k_cache.shape[1],), **options)
+        if clusters.have_room(x.device, partial(launch, warmup=True)):
             launch(warmup=False)
             return out
     heads = _heads(norm_linears_triton(x, norm_weight, weights, [None] * 3, eps), k_cache.shape[3])

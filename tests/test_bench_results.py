@@ -12,12 +12,12 @@ from bench.plots import main as plot
 from bench.plots import rows_of
 from bench.registry import MODES
 from bench.timing import figure, kernel_table
+from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
 from qtts_compile.kernels.combine import combine_kernel
 from qtts_compile.kernels.decode_attention import _decode_attention_kernel
 from qtts_compile.kernels.embedding_linear import _embedding_linear_kernel
 from qtts_compile.kernels.linear_add import _linear_add_kernel
 from qtts_compile.kernels.norm_linears import _norm_linears_kernel
-from qtts_compile.kernels.norm_qkv_attention_kernel import norm_qkv_attention_kernel
 from qtts_compile.kernels.norm_swiglu import _norm_swiglu_kernel
 from qtts_compile.kernels.qk_norm_rope_attention import _qk_norm_rope_attention_kernel
 from qtts_compile.kernels.qk_norm_rope_kv_write import _qk_norm_rope_kv_write_kernel

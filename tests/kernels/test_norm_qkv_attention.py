@@ -19,7 +19,7 @@ from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_kv_write import oracle as head_oracle
 from test_qk_norm_rope_kv_write import variants
 
-from qtts_compile.kernels import cluster
+from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.norm_linears import norm_linears_reference
 from qtts_compile.kernels.norm_qkv_attention import _is_served, norm_qkv_attention, norm_qkv_attention_reference, norm_qkv_attention_triton
 from qtts_compile.kernels.qk_norm_rope_kv_write import qk_norm_rope_kv_write_reference
@@ -173,23 +173,23 @@ def test_what_the_kernel_of_clusters_is_not_made_for(change):
     arguments = make_arguments(0, (4, 2), 48, 20, MROPE, torch.bfloat16, "cpu", 512)
     for place, function in change.items():
         arguments[place] = function(arguments[place])
-    with mock.patch.object(cluster, "has_clusters", lambda device: True):
+    with mock.patch.object(clusters, "has_clusters", lambda device: True):
         assert is_served(arguments) == (not change)
-    assert not is_served(arguments) or cluster.has_clusters(arguments[0].device)
+    assert not is_served(arguments) or clusters.has_clusters(arguments[0].device)
 
 
-@pytest.mark.parametrize("clusters", [0, 7])
-def test_a_gpu_without_room_for_a_cluster_is_told_of_once(clusters, caplog):
+@pytest.mark.parametrize("room", [0, 7])
+def test_a_gpu_without_room_for_a_cluster_is_told_of_once(room, caplog):
     kernel = SimpleNamespace(run=None, function=1, metadata=SimpleNamespace(shared=2))
-    driver = SimpleNamespace(utils=SimpleNamespace(cuOccupancyMaxActiveClusters=mock.Mock(return_value=clusters)))
+    driver = SimpleNamespace(utils=SimpleNamespace(cuOccupancyMaxActiveClusters=mock.Mock(return_value=room)))
     with (
-        mock.patch.object(cluster.triton.runtime.driver, "_active", driver),
-        mock.patch.dict(cluster._HAVE_ROOM, clear=True),
+        mock.patch.object(clusters.triton.runtime.driver, "_active", driver),
+        mock.patch.dict(clusters._HAVE_ROOM, clear=True),
         caplog.at_level(logging.WARNING),
     ):
-        assert [cluster.have_room(torch.device("cpu"), lambda: kernel) for _ in range(2)] == [clusters > 0] * 2
+        assert [clusters.have_room(torch.device("cpu"), lambda: kernel) for _ in range(2)] == [room > 0] * 2
     driver.utils.cuOccupancyMaxActiveClusters.assert_called_once_with(1, 2, 16)
-    assert ["no room for a cluster of 16" in message for message in caplog.messages] == [True] * (clusters == 0)
+    assert ["no room for a cluster of 16" in message for message in caplog.messages] == [True] * (room == 0)
 
 
 @given(dtypes, seeds)

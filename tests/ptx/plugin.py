@@ -17,7 +17,8 @@ import torch
 import triton
 
 from bench.compiling import Target
-from qtts_compile.kernels import cluster, pdl
+from qtts_compile.kernels import pdl
+from qtts_compile.kernels.clusters import device as clusters
 from tests.ptx.cluster import Cluster
 from tests.ptx.machine import Machine
 from tests.ptx.mbarrier import ClusterError
@@ -33,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile for Hopper, and run instead of launching."""
-    pdl.has_pdl = cluster.has_clusters = cluster.have_room = lambda *_: True
+    pdl.has_pdl = clusters.has_clusters = clusters.have_room = lambda *_: True
     triton.runtime.driver.set_active(cast(Any, Target(HOPPER)))
     compile_or_launch = triton.JITFunction.run
 

@@ -1,71 +1,24 @@
-"""Thread block clusters of Hopper, for Gluon kernels to use: programs ("CTAs") that run together and write into each other's shared memory.
+"""Instructions for Gluon kernels of thread block clusters: programs ("CTAs") that run together and write into each other's shared memory (PTX ISA).
 
-Instructions are those of the PTX ISA. Memory is used by address, and barriers are of the kind ``mbarrier`` with one phase, which bytes complete:
-who sends data into another CTA needs no fence, and who waits for it no barrier. All CTAs of a cluster hold the same tensors, as far as Gluon knows.
+Memory is used by address, and barriers are of the kind ``mbarrier`` with one phase, which bytes complete: who sends data into another CTA needs no
+fence, and who waits for it no barrier. All CTAs of a cluster hold the same tensors, as far as Gluon knows.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportAssignmentType=false
 # Gluon's types do not know its tensors' operators.
 
-import functools
-import logging
-from collections.abc import Callable
-from typing import Any
-
-import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-CTAS = 16  # of a cluster, more than a GPU has to offer: those of compute capability 9.0 do
-WARPS = 4  # of a CTA
-HOPPER = (9, 0)
-
-log = logging.getLogger(__name__)
-_HAVE_ROOM: dict[torch.device, bool] = {}
-
-
-@functools.cache
-def has_clusters(device: torch.device) -> bool:
-    """Tell whether a GPU is of the kind on which kernels of clusters were tested."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
-
-
-def have_room(device: torch.device, compile_kernel: Callable[[], Any]) -> bool:
-    """Tell whether a GPU has as many multiprocessors side by side as a cluster needs; a part of one (MIG) may not. A kernel is asked, the first."""
-    if device not in _HAVE_ROOM:
-        kernel = compile_kernel()
-        kernel.run  # loads it  # noqa: B018
-        clusters = triton.runtime.driver.active.utils.cuOccupancyMaxActiveClusters(kernel.function, kernel.metadata.shared, CTAS)
-        _HAVE_ROOM[device] = clusters > 0
-        if not clusters:
-            log.warning("%s has no room for a cluster of %d thread blocks: kernels without clusters are used", device, CTAS)
-    return _HAVE_ROOM[device]
-
-
-@gluon.constexpr_function
-def everywhere(rank):
-    """Return the part of a layout which says that all CTAs of a cluster hold the same elements."""
-    return [[0] * rank for _ in range(4)]  # of CTAS = 2 ** 4
-
-
-@gluon.constexpr_function
-def linear_layout(registers, lanes, warps, shape):
-    """Return the layout of a tensor whose coordinates the bits of a register, a lane and a warp add to."""
-    return gl.DistributedLinearLayout(registers, lanes, warps, everywhere(len(shape)), shape)
-
-
-@gluon.constexpr_function
-def _memory_layout():
-    return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=everywhere(1))
+from qtts_compile.kernels.clusters.memory import memory_layout
 
 
 @gluon.jit
 def allocate(BYTES: gl.constexpr):
     """Return all the shared memory of a kernel, to be kept alive to its end, and the address at which it begins."""
-    layout: gl.constexpr = _memory_layout()
+    layout: gl.constexpr = memory_layout()
     memory = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], layout)
     mbarrier.init(memory.index(31), 1)  # of no use, but that Triton declares the memory
     return memory, gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
@@ -225,6 +178,12 @@ def store_global(pointers, words, is_stored):
         "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r,r", [pointers.to(gl.int64), words, is_stored], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def as_words(pointer):
+    """Return a pointer to words of 32 bits."""
+    return pointer.to(gl.pointer_type(gl.int32))
 
 
 @gluon.jit

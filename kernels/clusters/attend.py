@@ -1,0 +1,141 @@
+"""Attention of two query heads over a tile of 16 keys, and of a cluster over all its tiles, for kernels of clusters to use."""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.instructions import (
+    high,
+    load_shared,
+    load_shared_2,
+    load_shared_4,
+    load_shared_byte,
+    low,
+    store_shared,
+    wait_for_bytes,
+    wait_for_cta,
+)
+from qtts_compile.kernels.clusters.memory import (
+    ARRIVED,
+    GROUP,
+    HEAD,
+    K_TILE,
+    KEYS,
+    LOG2_E,
+    MASK,
+    PARTIALS,
+    Q_HEADS,
+    ROW,
+    SCORES,
+    STATS,
+    V_TILE,
+    linear_layout,
+)
+
+
+@gluon.constexpr_function
+def _keys_layout():
+    """Words of keys [16, 64]: 16 lanes share one."""
+    return linear_layout([[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [0, 16], [0, 32], [1, 0]], [[2, 0], [4, 0]], [16, 64])
+
+
+@gluon.constexpr_function
+def values_layout_of():
+    """Heads, keys or tiles, and words [2, 16, 64]: a warp has one head and half the words."""
+    registers, warps = [[0, 0, 1], [0, 4, 0], [0, 8, 0], [0, 0, 16]], [[1, 0, 0], [0, 0, 32]]
+    return linear_layout(registers, [[0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0]], warps, [2, 16, 64])
+
+
+@gluon.jit
+def attend(base, scale, head, key, value_words, HAS_MASK: gl.constexpr):
+    """Return maxima and sums of both heads' softmax over the keys of the tile, and their even and odd columns of values."""
+    layout: gl.constexpr = _keys_layout()
+    scored = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    word = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    # What is multiplied later is requested here too.
+    k = load_shared_4(base + K_TILE + (scored * ROW)[:, None] + (word * 4)[None, :])
+    q_0, q_1 = load_shared_4(base + Q_HEADS + word * 4), load_shared_4(base + Q_HEADS + ROW + word * 4)
+    v_address = gl.expand_dims((head * 0)[:, None] + (key * ROW)[None, :], 2) + gl.expand_dims(value_words, 1) * 4
+    v = load_shared_2(base + V_TILE + v_address)
+    is_live = scored >= 0
+    if HAS_MASK:
+        is_live = load_shared_byte(base + MASK + scored) != 0
+    scores_0 = gl.sum(low(k) * low(q_0)[None, :] + high(k) * high(q_0)[None, :], axis=1) * (scale * LOG2_E)
+    scores_1 = gl.sum(low(k) * low(q_1)[None, :] + high(k) * high(q_1)[None, :], axis=1) * (scale * LOG2_E)
+    store_shared(base + SCORES + scored * 4, gl.where(is_live, scores_0, float("-inf")).to(gl.int32, bitcast=True), scored * 0 + 1)
+    store_shared(base + SCORES + 4 * KEYS + scored * 4, gl.where(is_live, scores_1, float("-inf")).to(gl.int32, bitcast=True), scored * 0 + 1)
+    wait_for_cta()
+    scores = load_shared(base + SCORES + (head * 4 * KEYS)[:, None] + (key * 4)[None, :]).to(gl.float32, bitcast=True)
+    row_max = gl.max(scores, axis=1)
+    origin = gl.where(row_max == float("-inf"), 0.0, row_max)
+    weights = gl.exp2(scores - origin[:, None])
+    is_attended, v = gl.broadcast(gl.expand_dims(scores != float("-inf"), 2), v)
+    v = gl.where(is_attended, v, 0)
+    shares = gl.expand_dims(weights, 2)
+    return row_max, gl.sum(weights, axis=1), gl.sum(shares * low(v), axis=1), gl.sum(shares * high(v), axis=1)
+
+
+@gluon.jit
+def send_partial(even, odd, addresses, barrier):
+    """Send columns to the first CTA: the first 8 lanes do, as the others repeat them for other keys."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 lane, to, bar;
+        mov.u32 lane, %laneid;
+        setp.lt.u32 p, lane, 8;
+        mapa.shared::cluster.u32 to, $6, 0;
+        mapa.shared::cluster.u32 bar, $8, 0;
+        @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [to], {$2, $4, $3, $5}, [bar];
+        mov.u32 $0, 0; mov.u32 $1, 0;
+        }""",
+        "=r,=r,f,f,f,f,r,r,r,r", [even, odd, addresses, barrier], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def send_stats(row_max, row_sum, addresses, barrier):
+    """Send maximum and sum to the first CTA: the first two warps have a head each, and lane 0 sends."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 t, to, bar;
+        mov.u32 t, %tid.x;
+        setp.lt.u32 p, t, 64;
+        and.b32 t, t, 31;
+        setp.eq.and.u32 p, t, 0, p;
+        mapa.shared::cluster.u32 to, $3, 0;
+        mapa.shared::cluster.u32 bar, $4, 0;
+        @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {$1, $2}, [bar];
+        mov.u32 $0, 0;
+        }""",
+        "=r,f,f,r,r", [row_max, row_sum, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _load_partial(addresses):
+    """Load the even and the odd columns at addresses of which each thread has pairs."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.f32 {$0, $2, $1, $3}, [$4];", "=f,=f,=f,=f,r,r", [addresses], dtype=(gl.float32, gl.float32), is_pure=False, pack=2
+    )
+
+
+@gluon.jit
+def join(base, head, tile, value_words, N_TILES: gl.constexpr):
+    """Return the sums and columns of both heads over all tiles, once what the CTAs send has arrived."""
+    wait_for_bytes(base + ARRIVED + 8)
+    stats_address = base + STATS + (head * 128)[:, None] + (tile * 8)[None, :]
+    tile_max, tile_sum = load_shared(stats_address).to(gl.float32, bitcast=True), load_shared(stats_address + 4).to(gl.float32, bitcast=True)
+    address = gl.expand_dims((head * 4 * HEAD)[:, None] + (tile * 4 * GROUP * HEAD)[None, :], 2) + gl.expand_dims(value_words, 1) * 8
+    even, odd = _load_partial(base + PARTIALS + address)
+    tile_max = gl.where((head * 0)[:, None] + tile[None, :] < N_TILES, tile_max, float("-inf"))
+    row_max = gl.max(tile_max, axis=1)
+    origin = gl.where(row_max == float("-inf"), 0.0, row_max)
+    weights = gl.exp2(tile_max - origin[:, None])
+    row_sum = gl.sum(gl.where(weights != 0, tile_sum * weights, 0.0), axis=1)
+    is_counted, even = gl.broadcast(gl.expand_dims(weights != 0, 2), even)
+    shares = gl.expand_dims(weights, 2)
+    even = gl.sum(gl.where(is_counted, even * shares, 0.0), axis=1)
+    return row_sum, even, gl.sum(gl.where(is_counted, odd * shares, 0.0), axis=1)

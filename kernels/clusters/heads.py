@@ -1,0 +1,110 @@
+"""Normalise and rotate (RoPE) the heads of one token, with the rounding of eager PyTorch, for kernels of clusters to use."""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.instructions import (
+    as_words,
+    high,
+    load_shared,
+    load_shared_half,
+    low,
+    pack,
+    request_bytes,
+    store_global,
+    store_shared,
+)
+from qtts_compile.kernels.clusters.memory import ARRIVED, COS, HEAD, HEAD_WEIGHTS, K_TILE, KEYS, Q_HEADS, ROW, ROWS, SIN, V_TILE, linear_layout
+
+
+@gluon.constexpr_function
+def _roles_layout():
+    """Words of the first halves of four heads [4, 32]: a warp has one."""
+    return linear_layout([], [[0, 2**i] for i in range(5)], [[1, 0], [2, 0]], [4, 32])
+
+
+@gluon.jit
+def request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES: gl.constexpr):
+    for axis in gl.static_range(AXES):
+        request_bytes(base + COS + axis * ROW, Cos_ptr + axis * stride_axis, ROW, base + ARRIVED)
+        request_bytes(base + SIN + axis * ROW, Sin_ptr + axis * stride_axis, ROW, base + ARRIVED)
+
+
+@gluon.jit
+def _rounded(x):
+    return x.to(gl.bfloat16).to(gl.float32)
+
+
+@gluon.jit
+def _product(x, y):
+    """Multiply and round, without joining a later addition (FMA)."""
+    return _rounded(gl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=gl.float32, is_pure=True, pack=1))
+
+
+@gluon.jit
+def _axis_offset(frequency, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr):
+    """Return where in shared memory the axis of each frequency begins; see rotary's ``select_axis``."""
+    if HAS_SECTIONS:
+        if IS_INTERLEAVED:
+            is_axis_1 = (frequency % 3 == 1) & (frequency < AXIS_1)
+            is_axis_2 = (frequency % 3 == 2) & (frequency < AXIS_2)
+            axis = gl.where(is_axis_1, 1, gl.where(is_axis_2, 2, 0))
+        else:
+            axis = (frequency >= AXIS_1).to(gl.int32) + (frequency >= AXIS_2).to(gl.int32)
+        return axis * ROW
+    else:
+        return frequency * 0
+
+
+@gluon.jit
+def _load_angles(address, frequency, offset, like, IS_INTERLEAVED: gl.constexpr):
+    """Load the cosines or sines of frequencies in both halves of a head, for each of four."""
+    first = load_shared_half(address + offset + frequency * 2)
+    second = first
+    if not IS_INTERLEAVED:
+        second = load_shared_half(address + HEAD + offset + frequency * 2)
+    return gl.broadcast(first[None, :], like)[0], gl.broadcast(second[None, :], like)[0]
+
+
+@gluon.jit
+def prepare_heads(
+    base, k_head_ptr, v_head_ptr, position, rank, q_eps, k_eps,
+    HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
+):  # fmt: skip
+    """Normalise and rotate queries and key, put key and value into their tile, and write them into the cache, each where there is a place for it."""
+    layout: gl.constexpr = _roles_layout()
+    role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))  # of a warp: two query heads, the key, the value
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+    address = base + (role * ROW)[:, None] + (word * 4)[None, :]
+    a, b = load_shared(address + ROWS), load_shared(address + ROWS + HEAD)
+    weight_address = base + HEAD_WEIGHTS + gl.where(role < 2, 0, ROW)[:, None] + (word * 4)[None, :]
+    weight_a, weight_b = load_shared(weight_address), load_shared(weight_address + HEAD)
+    even_offset = _axis_offset(2 * word, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+    odd_offset = _axis_offset(2 * word + 1, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+    cos_a0, cos_b0 = _load_angles(base + COS, 2 * word, even_offset, a, IS_INTERLEAVED)
+    cos_a1, cos_b1 = _load_angles(base + COS, 2 * word + 1, odd_offset, a, IS_INTERLEAVED)
+    sin_a0, sin_b0 = _load_angles(base + SIN, 2 * word, even_offset, a, IS_INTERLEAVED)
+    sin_a1, sin_b1 = _load_angles(base + SIN, 2 * word + 1, odd_offset, a, IS_INTERLEAVED)
+    a0, a1, b0, b1 = low(a), high(a), low(b), high(b)
+    scale = gl.rsqrt(gl.sum(a0 * a0 + a1 * a1 + b0 * b0 + b1 * b1, axis=1) / HEAD + gl.where(role < 2, q_eps, k_eps))[:, None]
+    a0, a1 = _rounded(low(weight_a) * _rounded(a0 * scale)), _rounded(high(weight_a) * _rounded(a1 * scale))
+    b0, b1 = _rounded(low(weight_b) * _rounded(b0 * scale)), _rounded(high(weight_b) * _rounded(b1 * scale))
+    rotated_a = pack(_product(a0, cos_a0) - _product(b0, sin_a0), _product(a1, cos_a1) - _product(b1, sin_a1))
+    rotated_b = pack(_product(b0, cos_b0) + _product(a0, sin_b0), _product(b1, cos_b1) + _product(a1, sin_b1))
+    is_value = gl.broadcast(role[:, None] == 3, a)[0]
+    a, b = gl.where(is_value, a, rotated_a), gl.where(is_value, b, rotated_b)
+    place = (position - rank * KEYS).to(gl.int32)
+    has_place = (position >= rank * KEYS) & (position < (rank + 1) * KEYS)
+    target = gl.where(role < 2, Q_HEADS + role * ROW, gl.where(role == 2, K_TILE, V_TILE) + place * ROW)
+    target = base + target[:, None] + (word * 4)[None, :]
+    is_stored = ((role < 2) | has_place).to(gl.int32)[:, None]
+    store_shared(target, a, is_stored)
+    store_shared(target + HEAD, b, is_stored)
+    row_ptrs = gl.where(role == 2, as_words(k_head_ptr), as_words(v_head_ptr))[:, None] + (position * (HEAD // 2) + word)[None, :]
+    is_written = ((role >= 2) & has_place).to(gl.int32)[:, None]
+    store_global(row_ptrs, a, is_written)
+    store_global(row_ptrs + HEAD // 4, b, is_written)

@@ -1,0 +1,131 @@
+"""The kernel of ``norm_qkv_attention``: one token of Qwen3's attention, up to what the output projection reads, by a cluster for each key head.
+
+Each of its 16 CTAs multiplies 32 of the 512 rows of two query heads, their key and their value, and sends the results into the shared memory of the
+CTAs that attend, of which each has 16 keys of the cache. Where several attend, the first joins what they found. What the next step needs is known
+there when it has arrived; all else that is read was requested before. Only the row of the cache and the result go to global memory.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.attend import attend, join, send_partial, send_stats, values_layout_of
+from qtts_compile.kernels.clusters.heads import prepare_heads, request_angles
+from qtts_compile.kernels.clusters.instructions import (
+    allocate,
+    announce,
+    arrive_at_cluster,
+    as_words,
+    cluster_rank,
+    pack,
+    prepare_barriers,
+    request_bytes,
+    wait_for_bytes,
+    wait_for_cluster,
+    wait_for_cta,
+    wait_for_inputs,
+)
+from qtts_compile.kernels.clusters.memory import (
+    ARRIVED,
+    BYTES_OF_PARTIAL,
+    BYTES_TO_ATTEND,
+    END_OF_PARTIALS,
+    GROUP,
+    HEAD,
+    HEAD_WEIGHTS,
+    K_TILE,
+    KEYS,
+    MASK,
+    N_WARPS,
+    PARTIALS,
+    ROW,
+    STATS,
+    TILES_IN_FLIGHT,
+    V_TILE,
+)
+from qtts_compile.kernels.clusters.project import multiply, send_rows, share_x, weights_layout, x_layout_of
+
+
+@gluon.jit
+def norm_qkv_attention_kernel(
+    X_ptr, Norm_ptr, Q_proj_ptr, K_proj_ptr, V_proj_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_cache_ptr, V_cache_ptr,
+    Position_ptr, Mask_ptr, Out_ptr, eps, q_eps, k_eps, scale, k_stride_h, v_stride_h, stride_axis,
+    K: gl.constexpr, N_TILES: gl.constexpr, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
+    SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
+):  # fmt: skip
+    announce(HAS_PDL)
+    memory, base = allocate(SHARED_BYTES)
+    AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
+    BYTES_OF_MASK: gl.constexpr = 0 if Mask_ptr is None else KEYS
+    X: gl.constexpr = END_OF_PARTIALS if N_TILES > 1 else PARTIALS
+    prepare_barriers(base + ARRIVED, BYTES_TO_ATTEND + 2 * ROW * AXES + BYTES_OF_MASK, N_TILES * BYTES_OF_PARTIAL)
+    k_head, rank = gl.program_id(0), cluster_rank()
+    attends = rank < N_TILES
+
+    # Requests that wait for no other kernel.
+    layout: gl.constexpr = weights_layout()
+    rows = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    words = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
+    part = rank // 4  # two query heads, the key, the value
+    first_row = rank % 4 * 32 + gl.where(part < GROUP, GROUP * k_head + part, k_head) * HEAD
+    W_ptr = gl.where(part < GROUP, Q_proj_ptr, gl.where(part == GROUP, K_proj_ptr, V_proj_ptr)) + first_row * K
+    w_ptrs = as_words(W_ptr) + (rows * (K // 2))[:, None] + words[None, :]
+    tiles = ()
+    for tile in gl.static_range(min(TILES_IN_FLIGHT, K // 256)):
+        tiles = tiles + (gl.load(w_ptrs + tile * 128, eviction_policy="evict_first"),)
+    x_layout: gl.constexpr = x_layout_of(K)
+    share = gl.arange(0, N_WARPS, layout=gl.SliceLayout(1, x_layout)) * (K // 2 // N_WARPS)
+    x_words = share[:, None] + gl.arange(0, K // 2 // N_WARPS, layout=gl.SliceLayout(0, x_layout))[None, :]
+    norm = gl.load(as_words(Norm_ptr) + x_words)
+    position = gl.load(Position_ptr, volatile=True)
+    position = gl.where(position < 0, position + N_TILES * KEYS, position)
+    if attends:
+        request_bytes(base + HEAD_WEIGHTS, Q_weight_ptr, ROW, base + ARRIVED)
+        request_bytes(base + HEAD_WEIGHTS + ROW, K_weight_ptr, ROW, base + ARRIVED)
+    arrive_at_cluster()
+    wait_for_inputs(HAS_PDL)
+
+    # x first, then what attention needs. Of the row that is written nothing is used, whatever was read.
+    x = gl.load(as_words(X_ptr) + x_words)
+    k_head_ptr = K_cache_ptr + k_head.to(gl.int64) * k_stride_h
+    v_head_ptr = V_cache_ptr + k_head.to(gl.int64) * v_stride_h
+    if attends:
+        request_bytes(base + K_TILE, k_head_ptr + rank * (KEYS * HEAD), KEYS * ROW, base + ARRIVED)
+        request_bytes(base + V_TILE, v_head_ptr + rank * (KEYS * HEAD), KEYS * ROW, base + ARRIVED)
+        if Mask_ptr is not None:
+            request_bytes(base + MASK, Mask_ptr.to(gl.int64) + rank * KEYS, KEYS, base + ARRIVED)
+        request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES)
+    share_x(base + X, x, norm)
+    wait_for_cta()
+    y = multiply(base + X, w_ptrs, tiles, words, eps, K)
+    wait_for_cluster()
+    send_rows(y, rank * 32 + rows, base, N_TILES)
+
+    if attends:
+        wait_for_bytes(base + ARRIVED)
+        prepare_heads(base, k_head_ptr, v_head_ptr, position, rank, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+        wait_for_cta()
+        values_layout: gl.constexpr = values_layout_of()
+        pairs_layout: gl.constexpr = gl.SliceLayout(2, values_layout)
+        columns_layout: gl.constexpr = gl.SliceLayout(1, values_layout)
+        head = gl.arange(0, GROUP, layout=gl.SliceLayout(1, pairs_layout))
+        key_or_tile = gl.arange(0, KEYS, layout=gl.SliceLayout(0, pairs_layout))
+        head_of_columns = gl.arange(0, GROUP, layout=gl.SliceLayout(1, columns_layout))
+        word = gl.arange(0, HEAD // 2, layout=gl.SliceLayout(0, columns_layout))
+        value_words = (head_of_columns * 0)[:, None] + word[None, :]
+        row_max, row_sum, even, odd = attend(base, scale, head, key_or_tile, value_words, Mask_ptr is not None)
+        if N_TILES > 1:
+            partials = base + PARTIALS + rank * (4 * GROUP * HEAD) + (head_of_columns * 4 * HEAD)[:, None] + (word * 8)[None, :]
+            send_partial(even, odd, partials, base + ARRIVED + 8)
+            send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+        if rank == 0:
+            if N_TILES > 1:
+                row_sum, even, odd = join(base, head, key_or_tile, value_words, N_TILES)
+            divisor = gl.convert_layout(gl.where(row_sum == 0, 1.0, row_sum), gl.SliceLayout(1, columns_layout), assert_trivial=True)[:, None]
+            out_ptrs = as_words(Out_ptr) + k_head * HEAD + (head_of_columns * (HEAD // 2))[:, None] + word[None, :]
+            gl.store(out_ptrs, pack(even / divisor, odd / divisor))
+            gl.device_assert((position >= 0) & (position < N_TILES * KEYS), "kv_write: position is out of range")
+    memory._keep_alive()

@@ -1,0 +1,55 @@
+"""Where things lie: the shared memory of a CTA, by address, and the layouts that Gluon needs for it and for tensors that all CTAs hold alike."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Gluon's types do not know that constants may be given as plain values.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.device import WARPS
+
+HEAD, GROUP = gl.constexpr(128), gl.constexpr(2)  # width of a head, query heads of a key head
+KEYS = gl.constexpr(16)  # of a tile of the cache
+TILES_IN_FLIGHT = gl.constexpr(4)  # of 256 columns of weights, in 128 registers of a thread
+N_WARPS = gl.constexpr(WARPS)
+LOG2_E = gl.constexpr(1.4426950408889634)
+
+# Shared memory of a CTA, in bytes
+ARRIVED = gl.constexpr(0)  # the barrier for what a CTA attends with, and after it that for what the first one joins
+ROWS = gl.constexpr(256)  # products: two query heads, a key, a value
+Q_HEADS = gl.constexpr(1280)  # normalised and rotated
+SCORES = gl.constexpr(1792)  # [2, 16] float32
+MASK = gl.constexpr(1920)
+K_TILE = gl.constexpr(2048)
+V_TILE = gl.constexpr(6144)
+HEAD_WEIGHTS = gl.constexpr(10240)  # of the norms of queries and keys
+COS = gl.constexpr(10752)  # of up to three axes
+SIN = gl.constexpr(11520)
+STATS = gl.constexpr(12288)  # [2, 16 tiles] of maximum and sum
+PARTIALS = gl.constexpr(12544)  # [16 tiles, 2, 128] float32
+END_OF_PARTIALS = gl.constexpr(28928)
+ROW = gl.constexpr(256)  # of a head
+BYTES_TO_ATTEND = gl.constexpr((4 + 2 * 16 + 2) * 256)  # products, keys and values, weights of norms
+BYTES_OF_PARTIAL = gl.constexpr(2 * (4 * 128 + 8))
+
+
+def shared_bytes(width: int, tiles: int) -> int:
+    """Return the shared memory of a CTA: with x in float32 and a sum of each thread's squares after what attention needs."""
+    return (END_OF_PARTIALS.value if tiles > 1 else PARTIALS.value) + 4 * width + 4 * 32 * WARPS
+
+
+@gluon.constexpr_function
+def everywhere(rank):
+    """Return the part of a layout which says that all CTAs of a cluster hold the same elements."""
+    return [[0] * rank for _ in range(4)]  # of CTAS = 2 ** 4
+
+
+@gluon.constexpr_function
+def linear_layout(registers, lanes, warps, shape):
+    """Return the layout of a tensor whose coordinates the bits of a register, a lane and a warp add to."""
+    return gl.DistributedLinearLayout(registers, lanes, warps, everywhere(len(shape)), shape)
+
+
+@gluon.constexpr_function
+def memory_layout():
+    return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=everywhere(1))
