@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, EVERY_OPCHECK, assert_accurate, dtypes, poisoned_memory, random_tensor, seeds
 from test_decode_attention import make_mask, softmax_attention
@@ -92,6 +92,17 @@ def test_kernels_that_stand_in_are_as_accurate_as_eager(device, heads, place, va
 @pytest.mark.parametrize("kind", ["none", "bool"])
 def test_sizes_of_the_model(device, hidden, slots, position, variant, kind):
     check(make_arguments(0, (2, 1), slots, position, variant, torch.bfloat16, device, hidden, kind))
+
+
+@settings(max_examples=8)
+@given(
+    st.sampled_from([16, 32, 80]).flatmap(lambda s: st.tuples(st.just(s), positions(s, 1))), st.sampled_from([[], [24, 20, 20], [10, 30, 24]]),
+    st.booleans(), st.sampled_from(["none", "bool", "left_padded"]), seeds,
+)  # fmt: skip
+def test_any_place_in_a_cache_that_clusters_serve(device, place, sections, interleaved, mask_kind, seed):
+    slots, (position,) = place
+    variant = 128, sections, interleaved and bool(sections)
+    check(make_arguments(seed, (2, 1), slots, position, variant, torch.bfloat16, device, 512, mask_kind))
 
 
 @pytest.mark.parametrize("slots", [16, 96])
