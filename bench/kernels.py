@@ -29,12 +29,12 @@ def kernels(run: Run, rows: int = 1, cases: Sequence[str] = tuple(KERNEL_CASES))
     for name in cases:
         torch.compiler.reset()
         run.failed.clear()  # a kernel's failure is its own
+        case = KERNEL_CASES[name]
         with run.row(f"{name}, rows: {rows}") as row, torch.inference_mode():
-            most = KERNEL_CASES[name].most_rows
-            if most is not None and rows > most:
-                row["skipped"] = f"takes {most} at a time"
+            if case.most_rows is not None and rows > case.most_rows:
+                row["skipped"] = f"takes {case.most_rows} at a time"
             else:
-                measure(run, KERNEL_CASES[name], rows, row)
+                measure(run, case, rows, row)
 
 
 def measure(run: Run, case: KernelCase, rows: int, row: dict[str, Any]) -> None:

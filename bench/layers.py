@@ -32,8 +32,8 @@ from qtts_compile.kernels.gemv_launch import candidates
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, remember
 from qtts_compile.kernels.linear_add import linear_add_triton
-from qtts_compile.kernels.norm_linears import norm_linears, norm_linears_triton
-from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS, norm_qkv_attention, norm_qkv_attention_triton
+from qtts_compile.kernels.norm_linears import norm_linears
+from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS, norm_qkv_attention
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
 from qtts_compile.options import KV_CACHES
 
@@ -70,14 +70,12 @@ def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callab
     case = AttentionCase("", stack.slots, stack.position, stack.sections)
     sets = build_arguments(kv_cache, case, 1, device, copies=1)
     write_prompt(kv_cache, case, sets)
-    attend, rest, is_cpu = kernel_of(kv_cache, device), sets[0][3:], device == "cpu"
+    attend, rest = kernel_of(kv_cache, device), sets[0][3:]
     if is_joined(stack, kv_cache):
-        joined = norm_qkv_attention if is_cpu else norm_qkv_attention_triton
-        return lambda x, norm, projections: joined(x, norm, projections, EPS, *rest)
-    project = norm_linears if is_cpu else norm_linears_triton
+        return lambda x, norm, projections: norm_qkv_attention(x, norm, projections, EPS, *rest)
 
     def projected(x: torch.Tensor, norm: torch.Tensor, projections: list[torch.Tensor]) -> torch.Tensor:
-        states = project(x, norm, projections, [None] * 3, EPS)
+        states = norm_linears(x, norm, projections, [None] * 3, EPS)
         return attend(*(state.view(1, 1, -1, WIDTH).transpose(1, 2) for state in states), *rest)
 
     return projected

@@ -18,7 +18,7 @@ from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
 from qtts_compile.kernels.clusters.memory import GROUP, HEAD, KEYS, shared_bytes
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
-from qtts_compile.kernels.norm_linears import check_norm_linears, norm_linears_fake, norm_linears_reference, norm_linears_triton
+from qtts_compile.kernels.norm_linears import check_norm_linears, norm_linears_reference, norm_linears_triton
 from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.qk_norm_rope_attention import (
     check_qk_norm_rope_attention,
@@ -104,7 +104,7 @@ def check_norm_qkv_attention(
     for i, weight in enumerate(weights):
         if width == 0 or weight.shape[0] % width:
             raise ValueError(f"weights[{i}] must be [H D, K] of heads as wide as k_cache's, {width}, got {tuple(weight.shape)}")
-    heads = _heads(norm_linears_fake(x, norm_weight, weights, [None] * 3, eps), width)
+    heads = [x.reshape(-1)[0].expand(1, weight.shape[0] // width, 1, width) for weight in weights]  # of no memory of their own
     check_qk_norm_rope_attention(*heads, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, k_cache, v_cache, position, mask, scale)
 
 

@@ -19,6 +19,9 @@ from qtts_compile.kernels.clusters.instructions import (
     store_shared,
 )
 from qtts_compile.kernels.clusters.memory import ARRIVED, COS, HEAD, HEAD_WEIGHTS, K_TILE, KEYS, Q_HEADS, ROW, ROWS, SIN, V_TILE, linear_layout
+from qtts_compile.kernels.rotary import select_axis
+
+_select_axis = gluon.jit(select_axis.fn)
 
 
 @gluon.constexpr_function
@@ -29,6 +32,7 @@ def _roles_layout():
 
 @gluon.jit
 def request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES: gl.constexpr):
+    """Request the cosines and sines of a token, for each axis."""
     for axis in gl.static_range(AXES):
         request_bytes(base + COS + axis * ROW, Cos_ptr + axis * stride_axis, ROW, base + ARRIVED)
         request_bytes(base + SIN + axis * ROW, Sin_ptr + axis * stride_axis, ROW, base + ARRIVED)
@@ -47,15 +51,9 @@ def _product(x, y):
 
 @gluon.jit
 def _axis_offset(frequency, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr):
-    """Return where in shared memory the axis of each frequency begins; see rotary's ``select_axis``."""
+    """Return where in shared memory the axis of each frequency begins."""
     if HAS_SECTIONS:
-        if IS_INTERLEAVED:
-            is_axis_1 = (frequency % 3 == 1) & (frequency < AXIS_1)
-            is_axis_2 = (frequency % 3 == 2) & (frequency < AXIS_2)
-            axis = gl.where(is_axis_1, 1, gl.where(is_axis_2, 2, 0))
-        else:
-            axis = (frequency >= AXIS_1).to(gl.int32) + (frequency >= AXIS_2).to(gl.int32)
-        return axis * ROW
+        return _select_axis(frequency, IS_INTERLEAVED, AXIS_1, AXIS_2) * ROW
     else:
         return frequency * 0
 

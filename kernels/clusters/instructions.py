@@ -12,7 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from qtts_compile.kernels import pdl
 from qtts_compile.kernels.clusters.memory import memory_layout
+
+announce, wait_for_inputs = gluon.jit(pdl.announce.fn), gluon.jit(pdl.wait_for_inputs.fn)
 
 
 @gluon.jit
@@ -28,20 +31,6 @@ def allocate(BYTES: gl.constexpr):
 def cluster_rank():
     """Return the number of this CTA in its cluster."""
     return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def announce(HAS_PDL: gl.constexpr):
-    """Let the next kernel start; see ``pdl.announce``."""
-    if HAS_PDL:
-        gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def wait_for_inputs(HAS_PDL: gl.constexpr):
-    """Wait until all earlier kernels have ended; see ``pdl.wait_for_inputs``."""
-    if HAS_PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -52,4 +52,5 @@ def linear_layout(registers, lanes, warps, shape):
 
 @gluon.constexpr_function
 def memory_layout():
+    """Return the layout of shared memory that is used by address."""
     return gl.SwizzledSharedLayout(1, 1, 1, [0], cga_layout=everywhere(1))

@@ -64,7 +64,7 @@ def multiply(base, w_ptrs, tiles, words, eps, K: gl.constexpr):
 @gluon.jit
 def send_rows(y, rows, base, n_targets):
     """Send the sums of rows ``[32]``, of which each thread has fours, rounded to bfloat16, to the first CTAs of the cluster: a lane serves one."""
-    # $4-7 sums, $8-11 rows, $12-15 base, $16-19 how many CTAs
+    # $4-7 sums, $8-11 rows, $12-15 base, $16-19 how many CTAs; 256 is ROWS
     gl.inline_asm_elementwise(
         """{
         .reg .pred p; .reg .u32 lane, to, bar; .reg .b32 a, b;
