@@ -23,10 +23,10 @@ from bench.reads import copy_bandwidth, weight_bytes
 from bench.run import Run
 from bench.timing import kernel_table, milliseconds
 
-# The first that is found in a kernel's name decides. Inductor names a kernel after the operators that it joins. norm_qkv_attention is
-# mostly a matrix product: it reads two thirds of the weights before a layer's second norm.
+# The first that is found in a kernel's name decides. Inductor names a kernel after the operators that it joins. norm_qkv is mostly a
+# matrix product: it reads two thirds of the weights before a layer's second norm.
 CLASSES = {
-    "attention": r"combine_kernel|qk_norm_rope|kv_(write|read)|rotary|rope|flash|fmha|(?<!qkv_)attention|attn|triton.*(softmax|bmm|index_copy)",
+    "attention": r"combine_kernel|qk_norm_rope|kv_(write|read)|rotary|rope|flash|fmha|^(?!norm_qkv).*attention|attn|triton.*(softmax|bmm|index_copy)",
     "gemv": r"norm_linears|norm_qkv|norm_swiglu|linear_add|embedding_linear|gemv|gemm|cutlass|nvjet|splitK|xmma|(^|_)(add)?mm(_|$)",
     "sampling": r"_sample_(embedding_)?kernel|topk|sort|radix|argmax|arg_max|multinomial|cumsum|DeviceScan|softmax|exponential|distribution",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench import linears
+from bench.quantized_attention import KEPT, PROTECT
 from bench.registry import POSITIONS
 from qtts_compile.kernels.launch_search import COLD_BYTES
+from qtts_compile.kernels.turboquant.format import Format
 
 HEADS, KV_HEADS, WIDTH, EPS = 16, 8, 128, 1e-6
 SECTIONS = [24, 20, 20]
@@ -32,7 +34,9 @@ class KernelCase:
         read_bytes: ``(rows, element size)`` -> bytes that a call must read from the GPU's memory; 0 where it only touches what the cache holds.
         library: computes the same by cuBLAS or another of PyTorch's own kernels.
         written: arguments that a call writes to.
+        fixed: arguments whose dtype is not the model's.
         most_rows: that it takes together.
+        is_compiled: whether Inductor takes the formula, which must not depend on numbers that it reads on the host.
     """
 
     name: str
@@ -41,7 +45,9 @@ class KernelCase:
     read_bytes: Callable[[int, int], float] = lambda rows, size: 0
     library: Callable[..., Any] | None = None
     written: tuple[int, ...] = ()
+    fixed: tuple[int, ...] = ()
     most_rows: int | None = None
+    is_compiled: bool = True
 
     @property
     def kernel(self) -> Callable[..., Any]:
@@ -79,7 +85,7 @@ def _linear(case: linears.Case) -> KernelCase:
 def _attention(name: str, slots: int, position: int) -> KernelCase:
     def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
         new = partial(torch.randn, device=device, dtype=dtype)
-        q, mask = new(rows, HEADS, 1, WIDTH), (torch.arange(slots, device=device) <= position)[None, None, None]
+        q, mask = new(rows, HEADS, 1, WIDTH), _mask(slots, position, device)
         return [(q, new(rows, KV_HEADS, slots, WIDTH), new(rows, KV_HEADS, slots, WIDTH), mask, WIDTH**-0.5) for _ in range(copies)]
 
     def read_bytes(rows: int, size: int) -> float:
@@ -92,16 +98,24 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor
     return scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
 
 
+def _heads(sections: list[int], rows: int, new: Callable[..., Tensor]) -> tuple[Any, ...]:
+    """Return the heads of a token of each text, and what they are normalised and rotated by."""
+    angles = (len(sections), 1, 1, WIDTH) if sections else (1, 1, WIDTH)
+    states = (new(rows, heads, 1, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return (*states, new(WIDTH), new(WIDTH), EPS, EPS, new(angles), new(angles), sections, bool(sections))
+
+
+def _mask(slots: int, position: int, device: str) -> Tensor:
+    return (torch.arange(slots, device=device) <= position)[None, None, None]
+
+
 def _qk_norm(name: str, slots: int, sections: list[int], position: int, attends: bool = False) -> KernelCase:
     """Return a case of ``qk_norm_rope_kv_write``, or with ``attends`` of that and attention in one launch."""
 
     def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
         new = partial(torch.randn, device=device, dtype=dtype)
-        angles = (len(sections), 1, 1, WIDTH) if sections else (1, 1, WIDTH)
-        states = [new(rows, heads, 1, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        given = (*states, new(WIDTH), new(WIDTH), EPS, EPS, new(angles), new(angles), sections, bool(sections))
-        mask = (torch.arange(slots, device=device) <= position)[None, None, None]
-        rest = (torch.tensor([position], device=device), *((mask, WIDTH**-0.5) if attends else ()))
+        given = _heads(sections, rows, new)
+        rest = (torch.tensor([position], device=device), *((_mask(slots, position, device), WIDTH**-0.5) if attends else ()))
         return [(*given, *(new(rows, KV_HEADS, slots, WIDTH) for _ in range(2)), *rest) for _ in range(copies)]
 
     def read_bytes(rows: int, size: int) -> float:
@@ -110,9 +124,34 @@ def _qk_norm(name: str, slots: int, sections: list[int], position: int, attends:
     return KernelCase(name, "qk_norm_rope_attention" if attends else "qk_norm_rope_kv_write", arguments, read_bytes, written=(11, 12))
 
 
-def _norm_qkv(name: str, hidden: int, slots: int, sections: list[int], position: int) -> KernelCase:
-    """Return a case of the projections of a text alone with ``qk_norm_rope_attention``."""
-    attention = _qk_norm(name, slots, sections, position, attends=True)
+def _quantized(name: str, slots: int, sections: list[int], position: int, format: str) -> KernelCase:
+    """Return a case of ``qk_norm_rope_quantized_attention``, over random codes."""
+    parsed = Format.parse(format)
+
+    def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
+        new = partial(torch.randn, device=device, dtype=dtype)
+        given = _heads(sections, rows, new)
+        place, start = torch.tensor([position], device=device), torch.zeros(rows, dtype=torch.long, device=device)
+        rest = place, start, PROTECT.sinks, format, _mask(slots, position, device), WIDTH**-0.5
+
+        def buffers() -> tuple[Tensor, ...]:
+            shape = rows, KV_HEADS, slots
+            sizes = parsed.key_bytes(WIDTH), parsed.value_bytes(WIDTH)
+            codes = (torch.randint(256, (*shape, size), dtype=torch.uint8, device=device) for size in sizes)
+            return *codes, torch.rand(2, *shape, device=device).half(), new(2, rows, KV_HEADS, KEPT, WIDTH)
+
+        return [(*given, *buffers(), *rest) for _ in range(copies)]
+
+    def read_bytes(rows: int, size: int) -> float:
+        packed = max(0, position + 1 - KEPT)
+        return rows * KV_HEADS * (2 * (position - packed) * WIDTH * size + packed * parsed.bytes_per_token(WIDTH))
+
+    # Of what is written, codes are not compared: a rounding may change them.
+    return KernelCase(name, "qk_norm_rope_quantized_attention", arguments, read_bytes, written=(14,), fixed=(13,), is_compiled=False)
+
+
+def _norm_qkv(attention: KernelCase, hidden: int) -> KernelCase:
+    """Return a case of the projections of a text alone with the attention of another case."""
 
     def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
         new = partial(torch.randn, device=device, dtype=dtype)
@@ -123,7 +162,9 @@ def _norm_qkv(name: str, hidden: int, slots: int, sections: list[int], position:
     def read_bytes(rows: int, size: int) -> float:
         return (HEADS + 2 * KV_HEADS) * WIDTH * hidden * size + attention.read_bytes(rows, size)
 
-    return KernelCase(name, "norm_qkv_attention", arguments, read_bytes, written=(12, 13), most_rows=1)
+    op = attention.op.replace("qk_norm_rope", "norm_qkv")
+    written, fixed = ([place + 1 for place in places] for places in (attention.written, attention.fixed))
+    return replace(attention, op=op, arguments=arguments, read_bytes=read_bytes, written=tuple(written), fixed=tuple(fixed), most_rows=1)
 
 
 def _sample(name: str, vocabulary: int, is_penalised: bool, width: int | None = None) -> KernelCase:
@@ -136,7 +177,7 @@ def _sample(name: str, vocabulary: int, is_penalised: bool, width: int | None = 
         tables = [] if width is None else [torch.randn(vocabulary, width, device=device, dtype=dtype)]
         return [(logits, controls, torch.arange(rows, device=device), torch.tensor([3], device=device), *masks, *tables)]
 
-    return KernelCase(name, "sample" if width is None else "sample_embedding", arguments, library=_multinomial)
+    return KernelCase(name, "sample" if width is None else "sample_embedding", arguments, library=_multinomial, is_compiled=False)
 
 
 def _multinomial(
@@ -173,8 +214,10 @@ def _cases() -> Iterator[KernelCase]:
         yield _attention(f"talker attention, position {position}", slots, position)
         yield _qk_norm(f"talker qk-norm, rotary, attention, position {position}", slots, SECTIONS, position, attends=True)
     for owner, hidden in (("talker", 2048), ("talker of 0.6B", 1024)):
-        yield _norm_qkv(f"{owner} norm, qkv, attention, position 64", hidden, 256, SECTIONS, 64)
-    yield _norm_qkv("predictor norm, qkv, attention", 1024, 16, [], 8)
+        yield _norm_qkv(_qk_norm(f"{owner} norm, qkv, attention, position 64", 256, SECTIONS, 64, attends=True), hidden)
+    for slots, position in ((256, 64), (512, 500), (2048, 2000), (8192, 8000)):
+        yield _norm_qkv(_quantized(f"talker norm, qkv, int4 attention, position {position}", slots, SECTIONS, position, "int4"), 2048)
+    yield _norm_qkv(_qk_norm("predictor norm, qkv, attention", 16, [], 8, attends=True), 1024)
     yield _attention("predictor attention", 16, 8)
     yield _qk_norm("predictor qk-norm, rotary, attention", 16, [], 8, attends=True)
     yield _qk_norm("talker qk-norm, rotary, kv-write", 2048, SECTIONS, 100)

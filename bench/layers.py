@@ -34,6 +34,8 @@ from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name,
 from qtts_compile.kernels.linear_add import linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears
 from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS, norm_qkv_attention
+from qtts_compile.kernels.norm_qkv_quantized_attention import MAX_SLOTS as MAX_QUANTIZED_SLOTS
+from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized_attention
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
 from qtts_compile.options import KV_CACHES
 
@@ -62,7 +64,7 @@ STACKS = {
 
 def is_joined(stack: Stack, kv_cache: str) -> bool:
     """Tell whether one operator computes projections and attention, as in a frame."""
-    return kv_cache == "bf16" and stack.slots <= MAX_SLOTS
+    return stack.slots <= (MAX_SLOTS if kv_cache == "bf16" else MAX_QUANTIZED_SLOTS)
 
 
 def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callable[..., torch.Tensor]:
@@ -72,7 +74,8 @@ def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callab
     write_prompt(kv_cache, case, sets)
     attend, rest = kernel_of(kv_cache, device), sets[0][3:]
     if is_joined(stack, kv_cache):
-        return lambda x, norm, projections: norm_qkv_attention(x, norm, projections, EPS, *rest)
+        joined = norm_qkv_attention if kv_cache == "bf16" else norm_qkv_quantized_attention
+        return lambda x, norm, projections: joined(x, norm, projections, EPS, *rest)
 
     def projected(x: torch.Tensor, norm: torch.Tensor, projections: list[torch.Tensor]) -> torch.Tensor:
         states = norm_linears(x, norm, projections, [None] * 3, EPS)

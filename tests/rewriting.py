@@ -78,6 +78,7 @@ def captured() -> Iterator[list[Graphs]]:
 def expected_kernels(case: ModelCase, phase: Phase, cache: str, rows: int | None) -> Counter[str]:
     """Return how many ops of each rewrite stand in a graph: a function of the structure, the phase, the cache and the rows.
 
+    cache: "static", "dynamic" or "quantized".
     rows: tokens of all sequences together, None where they are a symbol.
     """
     layers = case.layers
@@ -86,12 +87,13 @@ def expected_kernels(case: ModelCase, phase: Phase, cache: str, rows: int | None
         kernels = Counter(rms_norm=1, norm_linears=layers, norm_swiglu=layers, linear_add=2 * layers)
     else:
         kernels = Counter(rms_norm=1, add_rms_norm=2 * layers, swiglu=layers)
-    if phase == "decode" and cache == "static":
+    if phase == "decode" and cache != "dynamic":
+        attention = "attention" if cache == "static" else "quantized_attention"
         if rows == 1 and not case.biased:  # caches of these tests are short
             del kernels["norm_linears"]
-            kernels["norm_qkv_attention"] = layers
+            kernels[f"norm_qkv_{attention}"] = layers
         else:
-            kernels["qk_norm_rope_attention"] = layers
+            kernels[f"qk_norm_rope_{attention}"] = layers
         return kernels
     if phase == "decode":
         kernels["attention"] = layers

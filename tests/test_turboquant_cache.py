@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from models import build_talker, case, generate_codes
-from test_engine import CPU, prompt, settings, speak
+from rewriting import expected_kernels, kernels
+from test_engine import CPU, FINAL_NORM, prompt, settings, speak
+from test_engine import layer as one_layer
 
 from qtts_compile import Protect, TurboQuantCache, collect
 from qtts_compile.cache import StaticKVCache
@@ -216,6 +218,8 @@ def test_compiled_codes_are_those_of_an_uncompiled_engine(size, lengths, format)
             assert torch.equal(codes, speak(engine(talker, format), prompt(talker, tokens), settings()).codes)
     assert report.graph_breaks == [] and report.refusals == []
     assert len(report.graphs) == 13  # 11, and a quantised layer beside the dense one in the prompt and in the step
+    step = expected_kernels(one_layer(case(f"talker-{size}")), "decode", "quantized", len(lengths)) - FINAL_NORM
+    assert [kernels(graph) for graph in report.graphs].count(step) == 1
 
 
 def test_each_size_of_batch_has_a_cache(talker):

@@ -8,12 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.instructions import (
-    high,
     load_shared,
     load_shared_2,
     load_shared_4,
     load_shared_byte,
-    low,
     store_shared,
     wait_for_bytes,
     wait_for_cta,
@@ -34,10 +32,11 @@ from qtts_compile.kernels.clusters.memory import (
     V_TILE,
     linear_layout,
 )
+from qtts_compile.kernels.clusters.words import high, low
 
 
 @gluon.constexpr_function
-def _keys_layout():
+def keys_layout():
     """Words of keys [16, 64]: 16 lanes share one."""
     return linear_layout([[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [0, 16], [0, 32], [1, 0]], [[2, 0], [4, 0]], [16, 64])
 
@@ -50,32 +49,69 @@ def values_layout_of():
 
 
 @gluon.jit
-def attend(base, scale, head, key, value_words, HAS_MASK: gl.constexpr):
-    """Return maxima and sums of both heads' softmax over the keys of the tile, and their even and odd columns of values."""
-    layout: gl.constexpr = _keys_layout()
-    scored = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
-    word = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    # What is multiplied later is requested here too.
-    k = load_shared_4(base + K_TILE + (scored * ROW)[:, None] + (word * 4)[None, :])
-    q_0, q_1 = load_shared_4(base + Q_HEADS + word * 4), load_shared_4(base + Q_HEADS + ROW + word * 4)
-    v_address = gl.expand_dims((head * 0)[:, None] + (key * ROW)[None, :], 2) + gl.expand_dims(value_words, 1) * 4
-    v = load_shared_2(base + V_TILE + v_address)
-    is_live = scored >= 0
-    if HAS_MASK:
-        is_live = load_shared_byte(base + MASK + scored) != 0
+def load_keys(base):
+    """Load the tile's keys, and both queries."""
+    layout: gl.constexpr = keys_layout()
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    word = gl.arange(0, HEAD // 2, layout=gl.SliceLayout(0, layout))
+    k = load_shared_4(base + K_TILE + (key * ROW)[:, None] + (word * 4)[None, :])
+    return k, load_shared_4(base + Q_HEADS + word * 4), load_shared_4(base + Q_HEADS + ROW + word * 4)
+
+
+@gluon.jit
+def load_values(base, head, key, value_words):
+    """Load the tile's values."""
+    address = gl.expand_dims((head * 0)[:, None] + (key * ROW)[None, :], 2) + gl.expand_dims(value_words, 1) * 4
+    return load_shared_2(base + V_TILE + address)
+
+
+@gluon.jit
+def store_scores(address, STRIDE: gl.constexpr, keys, is_live, scale):
+    """Store the scores of both heads, ``STRIDE`` bytes from each other, in units of log2, and -inf for keys that are not live."""
+    k, q_0, q_1 = keys
+    key = gl.arange(0, KEYS, layout=is_live.type.layout)
     scores_0 = gl.sum(low(k) * low(q_0)[None, :] + high(k) * high(q_0)[None, :], axis=1) * (scale * LOG2_E)
     scores_1 = gl.sum(low(k) * low(q_1)[None, :] + high(k) * high(q_1)[None, :], axis=1) * (scale * LOG2_E)
-    store_shared(base + SCORES + scored * 4, gl.where(is_live, scores_0, float("-inf")).to(gl.int32, bitcast=True), scored * 0 + 1)
-    store_shared(base + SCORES + 4 * KEYS + scored * 4, gl.where(is_live, scores_1, float("-inf")).to(gl.int32, bitcast=True), scored * 0 + 1)
-    wait_for_cta()
-    scores = load_shared(base + SCORES + (head * 4 * KEYS)[:, None] + (key * 4)[None, :]).to(gl.float32, bitcast=True)
-    row_max = gl.max(scores, axis=1)
-    origin = gl.where(row_max == float("-inf"), 0.0, row_max)
+    store_shared(address + key * 4, gl.where(is_live, scores_0, float("-inf")).to(gl.int32, bitcast=True), key * 0 + 1)
+    store_shared(address + STRIDE + key * 4, gl.where(is_live, scores_1, float("-inf")).to(gl.int32, bitcast=True), key * 0 + 1)
+
+
+@gluon.jit
+def store_no_scores(address, STRIDE: gl.constexpr):
+    """Store scores of keys that are not there, as :func:`store_scores` does."""
+    layout: gl.constexpr = keys_layout()
+    key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    nothing = (key * 0.0 - float("inf")).to(gl.int32, bitcast=True)
+    store_shared(address + key * 4, nothing, key * 0 + 1)
+    store_shared(address + STRIDE + key * 4, nothing, key * 0 + 1)
+
+
+@gluon.jit
+def sum_values(scores, origin, v):
+    """Return the weights of keys, and both heads' sums of the even and the odd columns of values."""
     weights = gl.exp2(scores - origin[:, None])
     is_attended, v = gl.broadcast(gl.expand_dims(scores != float("-inf"), 2), v)
     v = gl.where(is_attended, v, 0)
     shares = gl.expand_dims(weights, 2)
-    return row_max, gl.sum(weights, axis=1), gl.sum(shares * low(v), axis=1), gl.sum(shares * high(v), axis=1)
+    return weights, gl.sum(shares * low(v), axis=1), gl.sum(shares * high(v), axis=1)
+
+
+@gluon.jit
+def attend(base, scale, head, key, value_words, HAS_MASK: gl.constexpr):
+    """Return maxima and sums of both heads' softmax over the keys of the tile, and their even and odd columns of values."""
+    keys = load_keys(base)
+    v = load_values(base, head, key, value_words)  # they are multiplied later, and requested here too
+    layout: gl.constexpr = keys_layout()
+    scored = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
+    is_live = scored >= 0
+    if HAS_MASK:
+        is_live = load_shared_byte(base + MASK + scored) != 0
+    store_scores(base + SCORES, 4 * KEYS, keys, is_live, scale)
+    wait_for_cta()
+    scores = load_shared(base + SCORES + (head * 4 * KEYS)[:, None] + (key * 4)[None, :]).to(gl.float32, bitcast=True)
+    row_max = gl.max(scores, axis=1)
+    weights, even, odd = sum_values(scores, gl.where(row_max == float("-inf"), 0.0, row_max), v)
+    return row_max, gl.sum(weights, axis=1), even, odd
 
 
 @gluon.jit
@@ -92,6 +128,23 @@ def send_partial(even, odd, addresses, barrier):
         mov.u32 $0, 0; mov.u32 $1, 0;
         }""",
         "=r,=r,f,f,f,f,r,r,r,r", [even, odd, addresses, barrier], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def send_columns(first, second, addresses, barrier):
+    """Send two columns that follow each other to the first CTA: the first two warps do, as the others repeat them."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 t, to, bar;
+        mov.u32 t, %tid.x;
+        setp.lt.u32 p, t, 64;
+        mapa.shared::cluster.u32 to, $3, 0;
+        mapa.shared::cluster.u32 bar, $4, 0;
+        @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {$1, $2}, [bar];
+        mov.u32 $0, 0;
+        }""",
+        "=r,f,f,r,r", [first, second, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

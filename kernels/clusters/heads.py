@@ -7,26 +7,17 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import (
-    as_words,
-    high,
-    load_shared,
-    load_shared_half,
-    low,
-    pack,
-    request_bytes,
-    store_global,
-    store_shared,
-)
+from qtts_compile.kernels.clusters.instructions import as_words, load_shared, load_shared_half, request_bytes, store_global, store_shared
 from qtts_compile.kernels.clusters.memory import ARRIVED, COS, HEAD, HEAD_WEIGHTS, K_TILE, KEYS, Q_HEADS, ROW, ROWS, SIN, V_TILE, linear_layout
+from qtts_compile.kernels.clusters.words import high, low, pack
 from qtts_compile.kernels.rotary import select_axis
 
 _select_axis = gluon.jit(select_axis.fn)
 
 
 @gluon.constexpr_function
-def _roles_layout():
-    """Words of the first halves of four heads [4, 32]: a warp has one."""
+def roles_layout():
+    """Words of the first halves of four heads [4, 32]: a warp has one, and a lane the same word of its second half beside each."""
     return linear_layout([], [[0, 2**i] for i in range(5)], [[1, 0], [2, 0]], [4, 32])
 
 
@@ -69,12 +60,9 @@ def _load_angles(address, frequency, offset, like, IS_INTERLEAVED: gl.constexpr)
 
 
 @gluon.jit
-def prepare_heads(
-    base, k_head_ptr, v_head_ptr, position, rank, q_eps, k_eps,
-    HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
-):  # fmt: skip
-    """Normalise and rotate queries and key, put key and value into their tile, and write them into the cache, each where there is a place for it."""
-    layout: gl.constexpr = _roles_layout()
+def rotate_heads(base, q_eps, k_eps, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr):
+    """Return the words of both halves of two queries and a key, normalised and rotated, and of the value as it is."""
+    layout: gl.constexpr = roles_layout()
     role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))  # of a warp: two query heads, the key, the value
     word = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
     address = base + (role * ROW)[:, None] + (word * 4)[None, :]
@@ -94,15 +82,30 @@ def prepare_heads(
     rotated_a = pack(_product(a0, cos_a0) - _product(b0, sin_a0), _product(a1, cos_a1) - _product(b1, sin_a1))
     rotated_b = pack(_product(b0, cos_b0) + _product(a0, sin_b0), _product(b1, cos_b1) + _product(a1, sin_b1))
     is_value = gl.broadcast(role[:, None] == 3, a)[0]
-    a, b = gl.where(is_value, a, rotated_a), gl.where(is_value, b, rotated_b)
-    place = (position - rank * KEYS).to(gl.int32)
-    has_place = (position >= rank * KEYS) & (position < (rank + 1) * KEYS)
+    return gl.where(is_value, a, rotated_a), gl.where(is_value, b, rotated_b)
+
+
+@gluon.jit
+def place_heads(base, a, b, k_head_ptr, v_head_ptr, row, rank):
+    """Put queries where attention expects them, and key and value into their tile and into ``row`` of what tiles are copies of, where it is here."""
+    role = gl.arange(0, 4, layout=gl.SliceLayout(1, a.type.layout))
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, a.type.layout))
+    place = (row - rank * KEYS).to(gl.int32)
+    has_place = (row >= rank * KEYS) & (row < (rank + 1) * KEYS)
     target = gl.where(role < 2, Q_HEADS + role * ROW, gl.where(role == 2, K_TILE, V_TILE) + place * ROW)
     target = base + target[:, None] + (word * 4)[None, :]
     is_stored = ((role < 2) | has_place).to(gl.int32)[:, None]
     store_shared(target, a, is_stored)
     store_shared(target + HEAD, b, is_stored)
-    row_ptrs = gl.where(role == 2, as_words(k_head_ptr), as_words(v_head_ptr))[:, None] + (position * (HEAD // 2) + word)[None, :]
-    is_written = ((role >= 2) & has_place).to(gl.int32)[:, None]
+    write_heads(a, b, k_head_ptr, v_head_ptr, row, has_place)
+
+
+@gluon.jit
+def write_heads(a, b, k_head_ptr, v_head_ptr, row, is_written):
+    """Write key and value into a row in global memory."""
+    role = gl.arange(0, 4, layout=gl.SliceLayout(1, a.type.layout))
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, a.type.layout))
+    row_ptrs = gl.where(role == 2, as_words(k_head_ptr), as_words(v_head_ptr))[:, None] + (row * (HEAD // 2) + word)[None, :]
+    is_written = ((role >= 2) & is_written).to(gl.int32)[:, None]
     store_global(row_ptrs, a, is_written)
     store_global(row_ptrs + HEAD // 4, b, is_written)

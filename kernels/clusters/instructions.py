@@ -34,21 +34,34 @@ def cluster_rank():
 
 
 @gluon.jit
-def prepare_barriers(address, first_bytes, second_bytes):
-    """Make two barriers, at ``address`` and 8 bytes after it, that are complete when so many bytes have arrived."""
+def prepare_barriers(address):
+    """Make two barriers, at ``address`` and 8 bytes after it, each complete when as many bytes have arrived as :func:`expect_bytes` says."""
     gl.inline_asm_elementwise(
         """{
-        .reg .pred p; .reg .u32 t; .reg .u64 s;
+        .reg .pred p; .reg .u32 t;
         mov.u32 t, %tid.x;
         setp.eq.u32 p, t, 0;
         @p mbarrier.init.shared::cta.b64 [$1], 1;
         @p mbarrier.init.shared::cta.b64 [$1+8], 1;
         @p fence.mbarrier_init.release.cluster;
-        @p mbarrier.arrive.expect_tx.shared::cta.b64 s, [$1], $2;
-        @p mbarrier.arrive.expect_tx.shared::cta.b64 s, [$1+8], $3;
         mov.u32 $0, 0;
         }""",
-        "=r,r,r,r", [address, first_bytes, second_bytes], dtype=gl.int32, is_pure=False, pack=1,
+        "=r,r", [address], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def expect_bytes(address, bytes):
+    """Say once how many bytes complete the barrier at ``address``; some may have arrived."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 t; .reg .u64 s;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 s, [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r", [address, bytes], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -97,6 +110,47 @@ def request_bytes(target, Source_ptr, bytes, barrier):
         mov.u32 $0, 0;
         }""",
         "=r,r,l,r,r", [target, Source_ptr.to(gl.int64), bytes, barrier], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_global_half(pointers, is_loaded):
+    """Load 16 bits at each pointer into a word, as :func:`load_global_2` does."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u16 $0, [$1]; }",
+        "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_global_byte(pointers, is_loaded):
+    """Load a byte at each pointer into a word, as :func:`load_global_2` does."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }",
+        "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_global_2(pointers, is_loaded):
+    """Load two words that follow each other at each pointer where ``is_loaded``, an int32, is not zero, and zeros elsewhere."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.v2.b32 {$0, $1}, [$2]; }",
+        "=&r,=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_global_4(pointers, is_loaded):
+    """Load four words that follow each other, as :func:`load_global_2` does."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.s32 p, $5, 0;
+        mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;
+        @p ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
+        }""",
+        "=&r,=&r,=&r,=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -170,24 +224,24 @@ def store_global(pointers, words, is_stored):
 
 
 @gluon.jit
+def store_global_byte(pointers, words, is_stored):
+    """Store the lowest bytes of words, as :func:`store_global` does."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b8 [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r,r", [pointers.to(gl.int64), words, is_stored], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_global_float16(pointers, values, is_stored):
+    """Round float32 to float16 and store it, as :func:`store_global` does."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b16 half; setp.ne.s32 p, $3, 0; cvt.rn.f16.f32 half, $2; @p st.global.b16 [$1], half; mov.u32 $0, 0; }",
+        "=r,l,f,r", [pointers.to(gl.int64), values, is_stored], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def as_words(pointer):
     """Return a pointer to words of 32 bits."""
     return pointer.to(gl.pointer_type(gl.int32))
-
-
-@gluon.jit
-def low(words):
-    """Return the first of two bfloat16, as float32."""
-    return (words << 16).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def high(words):
-    """Return the second of two bfloat16, as float32."""
-    return (words & -65536).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def pack(first, second):
-    """Round pairs of float32 to words of two bfloat16."""
-    return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1)

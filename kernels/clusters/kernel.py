@@ -13,14 +13,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.attend import attend, join, send_partial, send_stats, values_layout_of
-from qtts_compile.kernels.clusters.heads import prepare_heads, request_angles
+from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
     announce,
     arrive_at_cluster,
     as_words,
     cluster_rank,
-    pack,
+    expect_bytes,
     prepare_barriers,
     request_bytes,
     wait_for_bytes,
@@ -39,14 +39,13 @@ from qtts_compile.kernels.clusters.memory import (
     K_TILE,
     KEYS,
     MASK,
-    N_WARPS,
     PARTIALS,
     ROW,
     STATS,
-    TILES_IN_FLIGHT,
     V_TILE,
 )
-from qtts_compile.kernels.clusters.project import multiply, send_rows, share_x, weights_layout, x_layout_of
+from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
+from qtts_compile.kernels.clusters.words import pack
 
 
 @gluon.jit
@@ -61,24 +60,15 @@ def norm_qkv_attention_kernel(
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     BYTES_OF_MASK: gl.constexpr = 0 if Mask_ptr is None else KEYS
     X: gl.constexpr = END_OF_PARTIALS if N_TILES > 1 else PARTIALS
-    prepare_barriers(base + ARRIVED, BYTES_TO_ATTEND + 2 * ROW * AXES + BYTES_OF_MASK, N_TILES * BYTES_OF_PARTIAL)
+    prepare_barriers(base + ARRIVED)
+    expect_bytes(base + ARRIVED, BYTES_TO_ATTEND + 2 * ROW * AXES + BYTES_OF_MASK)
+    expect_bytes(base + ARRIVED + 8, N_TILES * BYTES_OF_PARTIAL)
     k_head, rank = gl.program_id(0), cluster_rank()
     attends = rank < N_TILES
 
     # Requests that wait for no other kernel.
-    layout: gl.constexpr = weights_layout()
-    rows = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
-    words = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
-    part = rank // 4  # two query heads, the key, the value
-    first_row = rank % 4 * 32 + gl.where(part < GROUP, GROUP * k_head + part, k_head) * HEAD
-    W_ptr = gl.where(part < GROUP, Q_proj_ptr, gl.where(part == GROUP, K_proj_ptr, V_proj_ptr)) + first_row * K
-    w_ptrs = as_words(W_ptr) + (rows * (K // 2))[:, None] + words[None, :]
-    tiles = ()
-    for tile in gl.static_range(min(TILES_IN_FLIGHT, K // 256)):
-        tiles = tiles + (gl.load(w_ptrs + tile * 128, eviction_policy="evict_first"),)
-    x_layout: gl.constexpr = x_layout_of(K)
-    share = gl.arange(0, N_WARPS, layout=gl.SliceLayout(1, x_layout)) * (K // 2 // N_WARPS)
-    x_words = share[:, None] + gl.arange(0, K // 2 // N_WARPS, layout=gl.SliceLayout(0, x_layout))[None, :]
+    w_ptrs, tiles = request_rows(Q_proj_ptr, K_proj_ptr, V_proj_ptr, k_head, rank, K)
+    x_words = words_of_x(K)
     norm = gl.load(as_words(Norm_ptr) + x_words)
     position = gl.load(Position_ptr, volatile=True)
     position = gl.where(position < 0, position + N_TILES * KEYS, position)
@@ -100,13 +90,14 @@ def norm_qkv_attention_kernel(
         request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES)
     share_x(base + X, x, norm)
     wait_for_cta()
-    y = multiply(base + X, w_ptrs, tiles, words, eps, K)
+    y = multiply(base + X, w_ptrs, tiles, eps, K)
     wait_for_cluster()
-    send_rows(y, rank * 32 + rows, base, N_TILES)
+    send_rows(y, rank, base, N_TILES)
 
     if attends:
         wait_for_bytes(base + ARRIVED)
-        prepare_heads(base, k_head_ptr, v_head_ptr, position, rank, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+        a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+        place_heads(base, a, b, k_head_ptr, v_head_ptr, position, rank)
         wait_for_cta()
         values_layout: gl.constexpr = values_layout_of()
         pairs_layout: gl.constexpr = gl.SliceLayout(2, values_layout)

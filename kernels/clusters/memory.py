@@ -6,12 +6,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.device import WARPS
+from qtts_compile.kernels.clusters.device import CTAS, WARPS
 
 HEAD, GROUP = gl.constexpr(128), gl.constexpr(2)  # width of a head, query heads of a key head
 KEYS = gl.constexpr(16)  # of a tile of the cache
 TILES_IN_FLIGHT = gl.constexpr(4)  # of 256 columns of weights, in 128 registers of a thread
-N_WARPS = gl.constexpr(WARPS)
+TILES_OF_WARP = gl.constexpr(2)  # of codes that are requested at once
+N_WARPS, N_CTAS = gl.constexpr(WARPS), gl.constexpr(CTAS)
 LOG2_E = gl.constexpr(1.4426950408889634)
 
 # Shared memory of a CTA, in bytes
@@ -32,10 +33,56 @@ ROW = gl.constexpr(256)  # of a head
 BYTES_TO_ATTEND = gl.constexpr((4 + 2 * 16 + 2) * 256)  # products, keys and values, weights of norms
 BYTES_OF_PARTIAL = gl.constexpr(2 * (4 * 128 + 8))
 
+# ... and of one that attends to codes
+PEAKS = gl.constexpr(1792)  # [4 warps, 2] float32: the largest scores of codes
+SUMS = gl.constexpr(1824)  # [4 warps, 2] float32: of their weights
+FLAGS = gl.constexpr(1856)  # [4 warps]: whether the mask lets slots behind the new token count
+Q_ROTATED = gl.constexpr(28928)  # [2, 128] bfloat16
+KEPT_COLUMNS = gl.constexpr(29440)  # [2, 128] float32: sums of kept values
+COLUMNS = gl.constexpr(30464)  # [4 warps, 2, 144] float32: sums of rotated values
+ALL_SCORES = gl.constexpr(35072)  # [2, 16 + slots of a CTA] float32: of kept tokens, then of codes
+PADDED_HEAD = gl.constexpr(576)  # of float32
+CODE_ROW = gl.constexpr(64)  # of 128 codes of 4 bits
+
 
 def shared_bytes(width: int, tiles: int) -> int:
     """Return the shared memory of a CTA: with x in float32 and a sum of each thread's squares after what attention needs."""
-    return (END_OF_PARTIALS.value if tiles > 1 else PARTIALS.value) + 4 * width + 4 * 32 * WARPS
+    return (END_OF_PARTIALS.value if tiles > 1 else PARTIALS.value) + _bytes_of_x(width)
+
+
+def quantized_shared_bytes(width: int, tiles: int) -> int:
+    """Return the shared memory of a CTA with as many tiles of codes."""
+    return end_of_scores(tiles) + _bytes_of_x(width)
+
+
+def _bytes_of_x(width: int) -> int:
+    return 4 * width + 4 * 32 * WARPS
+
+
+@gluon.constexpr_function
+def tiles_of_step(tiles):
+    """Return how many of a CTA's tiles of codes are requested at once."""
+    return WARPS * min(TILES_OF_WARP.value, (tiles + WARPS - 1) // WARPS)
+
+
+@gluon.constexpr_function
+def score_bytes(tiles):
+    """Return the size of a head's scores of kept tokens and of as many tiles of codes, in whole steps."""
+    step = tiles_of_step(tiles)
+    return 4 * KEYS.value * (1 + (tiles + step - 1) // step * step)
+
+
+@gluon.constexpr_function
+def end_of_scores(tiles):
+    """Return what is behind the scores of both heads."""
+    return ALL_SCORES.value + 2 * score_bytes(tiles)
+
+
+@gluon.constexpr_function
+def mask_words(tiles):
+    """Return the power of two of words of a mask that a thread looks at, for as many tiles of each CTA."""
+    words = tiles * CTAS * KEYS.value // 4
+    return 1 << max(0, (words - 1).bit_length() - (32 * WARPS).bit_length() + 1)
 
 
 @gluon.constexpr_function

@@ -7,8 +7,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import high, load_shared_4, low, store_of_thread, store_shared_2
-from qtts_compile.kernels.clusters.memory import N_WARPS, TILES_IN_FLIGHT, everywhere, linear_layout
+from qtts_compile.kernels.clusters.instructions import as_words, load_shared_4, store_of_thread, store_shared_2
+from qtts_compile.kernels.clusters.memory import GROUP, HEAD, N_WARPS, TILES_IN_FLIGHT, everywhere, linear_layout
+from qtts_compile.kernels.clusters.words import high, low
 
 
 @gluon.constexpr_function
@@ -30,6 +31,30 @@ def _threads_layout():
 
 
 @gluon.jit
+def request_rows(Q_proj_ptr, K_proj_ptr, V_proj_ptr, k_head, rank, K: gl.constexpr):
+    """Return pointers to the words of the 32 rows of weights that a CTA of the cluster of a key head multiplies, and the first tiles of them."""
+    layout: gl.constexpr = weights_layout()
+    rows = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    words = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
+    part = rank // 4  # two query heads, the key, the value
+    first_row = rank % 4 * 32 + gl.where(part < GROUP, GROUP * k_head + part, k_head) * HEAD
+    W_ptr = gl.where(part < GROUP, Q_proj_ptr, gl.where(part == GROUP, K_proj_ptr, V_proj_ptr)) + first_row * K
+    w_ptrs = as_words(W_ptr) + (rows * (K // 2))[:, None] + words[None, :]
+    tiles = ()
+    for tile in gl.static_range(min(TILES_IN_FLIGHT, K // 256)):
+        tiles = tiles + (gl.load(w_ptrs + tile * 128, eviction_policy="evict_first"),)
+    return w_ptrs, tiles
+
+
+@gluon.jit
+def words_of_x(K: gl.constexpr):
+    """Return which words of x a thread shares."""
+    layout: gl.constexpr = x_layout_of(K)
+    share = gl.arange(0, N_WARPS, layout=gl.SliceLayout(1, layout)) * (K // 2 // N_WARPS)
+    return share[:, None] + gl.arange(0, K // 2 // N_WARPS, layout=gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
 def share_x(base, x, norm):
     """Store x, times the weight of its norm, in float32: its even columns, its odd columns, then a sum of each thread's squares."""
     N_WORDS: gl.constexpr = x.shape[0] * x.shape[1]
@@ -43,13 +68,14 @@ def share_x(base, x, norm):
 
 
 @gluon.jit
-def multiply(base, w_ptrs, tiles, words, eps, K: gl.constexpr):
+def multiply(base, w_ptrs, tiles, eps, K: gl.constexpr):
     """Return the products of 32 rows of weights with the normalised x that :func:`share_x` stored; ``tiles`` are the first of them."""
     # The threads' squares are added up beside the products, in every warp.
     squares_layout: gl.constexpr = _threads_layout()
     thread = gl.arange(0, 32 * N_WARPS, layout=squares_layout)
     squares = load_shared_4(base + 4 * K + thread * 4).to(gl.float32, bitcast=True)
     layout: gl.constexpr = w_ptrs.type.layout
+    words = gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
     sums = gl.zeros([32, 128], gl.float32, layout=layout)
     for tile in gl.static_range(K // 256):
         address = base + tile * 512 + words * 4
@@ -62,8 +88,9 @@ def multiply(base, w_ptrs, tiles, words, eps, K: gl.constexpr):
 
 
 @gluon.jit
-def send_rows(y, rows, base, n_targets):
-    """Send the sums of rows ``[32]``, of which each thread has fours, rounded to bfloat16, to the first CTAs of the cluster: a lane serves one."""
+def send_rows(y, rank, base, n_targets):
+    """Send the sums of a CTA's rows ``[32]``, of which a thread has fours, as bfloat16 to the first CTAs of the cluster: a lane serves one."""
+    rows = rank * 32 + gl.arange(0, 32, layout=y.type.layout)
     # $4-7 sums, $8-11 rows, $12-15 base, $16-19 how many CTAs; 256 is ROWS
     gl.inline_asm_elementwise(
         """{

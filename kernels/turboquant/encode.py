@@ -56,9 +56,10 @@ def nearest(z, BITS: tl.constexpr):
     edges: tl.constexpr = BOUNDARIES_4 if BITS == 4 else BOUNDARIES_3
     is_positive = z > 0
     magnitude = tl.abs(z)
-    step = tl.zeros(z.shape, tl.int32)
-    c = tl.full(z.shape, levels[HALF], tl.float32)
-    for i in tl.static_range(HALF, 2 * HALF - 1):
+    is_above = magnitude > edges[HALF]
+    step = is_above.to(tl.int32)
+    c = tl.where(is_above, levels[HALF + 1], levels[HALF])
+    for i in tl.static_range(HALF + 1, 2 * HALF - 1):
         is_above = magnitude > edges[i]
         step += is_above.to(tl.int32)
         c = tl.where(is_above, levels[i + 1], c)

@@ -54,15 +54,21 @@ def log2(n):
 
 
 @triton.jit
+def is_minus(column):
+    """Tell which of :func:`signs` are -1."""
+    hashes = column.to(tl.uint32) * FACTORS[0]
+    hashes = (hashes ^ (hashes >> 15)) * FACTORS[1]
+    return hashes >> 31 == 1
+
+
+@triton.jit
 def flip(x):
     """Multiply the last dimension of ``x``, ``[D]`` or ``[N, D]``, by its :func:`signs`."""
-    hashes = tl.arange(0, x.shape[len(x.shape) - 1]).to(tl.uint32) * FACTORS[0]
-    hashes = (hashes ^ (hashes >> 15)) * FACTORS[1]
-    is_minus = hashes >> 31 == 1
+    is_flipped = is_minus(tl.arange(0, x.shape[len(x.shape) - 1]))
     if len(x.shape) == 1:
-        return tl.where(is_minus, -x, x)
+        return tl.where(is_flipped, -x, x)
     else:
-        return tl.where(is_minus[None, :], -x, x)
+        return tl.where(is_flipped[None, :], -x, x)
 
 
 @triton.jit

@@ -12,16 +12,10 @@ After::
 
 from __future__ import annotations
 
-import operator
-
-import torch
 from torch import fx
-from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS
-from qtts_compile.patterns.graph import insert_mutating, is_call_of, keywords, operands, overload, shape, value
-from qtts_compile.patterns.heads import NO_EPS
-from qtts_compile.patterns.linear import without_views
+from qtts_compile.patterns.norm_qkv import join_projections
 from qtts_compile.patterns.scope import Scope
 
 NAME = "norm_qkv_attention"
@@ -29,65 +23,4 @@ NAME = "norm_qkv_attention"
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
     """Join every attention of one token with the projections before it."""
-    packet = torch.ops.qtts.qk_norm_rope_attention
-    for call in [n for n in graph.nodes if n.target is auto_functionalized and n.args[0] in (packet.default, packet.tensor_eps)]:
-        if scope.allows(NAME, call):
-            reason = _fuse_layer(graph, call)
-            if reason:
-                scope.refuse(NAME, call, reason)
-
-
-def _fuse_layer(graph: fx.Graph, call: fx.Node) -> str | None:
-    arguments = dict(keywords(call))
-    heads = [arguments.pop(name) for name in ("q", "k", "v")]
-    results = [_projection_of(head) for head in heads]
-    linears = _linears_of(results)
-    if linears is None or shape(arguments["k_cache"])[2] > MAX_SLOTS:
-        return None
-    x, norm_weight, weights, biases, eps = operands(linears)
-    if any(bias is not None for bias in biases):
-        return None
-    if any(not _is_read_once(head, result) for head, result in zip(heads, results)) or len(linears.users) != len(results):
-        return "a projection is read elsewhere"
-    arguments |= dict(x=x, norm_weight=norm_weight, weights=[weights[operands(result)[1]] for result in results], eps=eps)
-    norms = {"eps": "norm_weight", "q_eps": "q_weight", "k_eps": "k_weight"}
-    used = [arguments[each] for each, weight in norms.items() if arguments[weight] is not None] or [NO_EPS]
-    if len({isinstance(each, fx.Node) for each in used}) > 1:
-        return "one eps is a number, the other a graph input"
-    arguments |= {each: used[0] for each, weight in norms.items() if arguments[weight] is None}  # of no matter, but of one kind
-    new = insert_mutating(graph, call, overload(NAME, used[0]), arguments, call)
-    for user in list(call.users):
-        user.replace_all_uses_with(new[operands(user)[1]])
-        graph.erase_node(user)
-    graph.erase_node(call)
-    for node in heads:
-        while not node.users:
-            node, unused = operands(node)[0], node
-            graph.erase_node(unused)
-    return None
-
-
-def _projection_of(heads: fx.Node) -> fx.Node:
-    """Return the node behind the heads ``[1, H, 1, D]`` of one token, whose axes of one entry may have been swapped."""
-    node = without_views(heads)
-    while isinstance(node, fx.Node) and node.target is torch.ops.aten.permute.default and value(node).is_contiguous():
-        node = without_views(operands(node)[0])
-    return node
-
-
-def _linears_of(results: list[fx.Node]) -> fx.Node | None:
-    """Return the norm_linears of one row whose three results these are, in any order."""
-    if any(node.target is not operator.getitem for node in results):
-        return None
-    calls, indices = zip(*(operands(node) for node in results))
-    is_of_one_row = set(calls) == {calls[0]} and is_call_of(calls[0], "norm_linears") and value(operands(calls[0])[0]).shape[:-1].numel() == 1
-    return calls[0] if is_of_one_row and sorted(indices) == [0, 1, 2] and len(operands(calls[0])[2]) == 3 else None
-
-
-def _is_read_once(node: fx.Node, source: fx.Node) -> bool:
-    """Tell whether nothing but what leads to ``node`` reads ``source``, and ``node`` has one user."""
-    while len(node.users) == 1:
-        if node is source:
-            return True
-        node = operands(node)[0]
-    return False
+    join_projections(graph, scope, NAME, "qk_norm_rope_attention", "k_cache", MAX_SLOTS)

@@ -30,21 +30,25 @@ CACHES = slice(12, 14)
 POSITION, MASK = 14, 15
 
 
+def projections(seed, heads, width, hidden, dtype, device, normed=True) -> list[Any]:
+    """Return a row, the weight of its norm, and those of queries, keys and values."""
+    x = random_tensor(seed, (1, 1, hidden), dtype, device)
+    weights = [random_tensor(seed + i, (n * width, hidden), dtype, device) * hidden**-0.5 for i, n in ((1, heads[0]), (2, heads[1]), (3, heads[1]))]
+    return [x, random_tensor(seed + 4, (hidden,), dtype, device) if normed else None, weights]
+
+
 def make_arguments(
     seed, heads, slots, position, variant, dtype, device, hidden=64, mask_kind="bool", norms=(True, True, True), cache_layout="contiguous"
 ) -> list[Any]:  # fmt: skip
     width, sections, interleaved = variant
-    x = random_tensor(seed, (1, 1, hidden), dtype, device)
-    weights = [random_tensor(seed + i, (n * width, hidden), dtype, device) * hidden**-0.5 for i, n in ((1, heads[0]), (2, heads[1]), (3, heads[1]))]
-    norm, q_norm, k_norm = (
-        random_tensor(seed + i, (size,), dtype, device) if norm else None for i, size, norm in zip((4, 5, 6), (hidden, width, width), norms)
-    )
+    projected = projections(seed, heads, width, hidden, dtype, device, norms[0])
+    q_norm, k_norm = (random_tensor(seed + i, (width,), dtype, device) if norm else None for i, norm in zip((5, 6), norms[1:]))
     theta = random_tensor(seed + 7, (*((3,) if sections else ()), 1, 1, width), torch.float32, device)
     caches = [random_tensor(seed + i, (1, heads[1], slots, width), dtype, device, cache_layout) for i in (8, 9)]
     mask = make_mask(mask_kind, seed + 10, 1, heads[0], 1, slots, torch.float32, device)
     angles = theta.cos().to(dtype), theta.sin().to(dtype), sections, interleaved
     place = torch.tensor([position], device=device)
-    return [x, norm, weights, 1e-6, q_norm, k_norm, 1e-6, 1e-5, *angles, *caches, place, mask, width**-0.5]
+    return [*projected, 1e-6, q_norm, k_norm, 1e-6, 1e-5, *angles, *caches, place, mask, width**-0.5]
 
 
 def heads_of(results, width):
@@ -224,7 +228,7 @@ def test_opcheck(device, dtype):
         (0, lambda x: x.expand(2, 1, 64), ValueError, "x must have one row"),
         (1, lambda norm: norm[:5], ValueError, "weight must have the shape"),
         (2, lambda weights: weights[:2], ValueError, "weights must be those of queries, keys and values, got 2"),
-        (2, lambda weights: [weights[0][:30], *weights[1:]], ValueError, r"weights\[0\] must be \[H D, K\] of heads as wide as k_cache's, 40"),
+        (2, lambda weights: [weights[0][:30], *weights[1:]], ValueError, r"weights\[0\] must be \[H D, K\] of heads as wide as the cache's, 40"),
         (2, lambda weights: [weights[0].half(), *weights[1:]], TypeError, r"weights\[0\] must have the dtype of x"),
         (4, lambda weight: weight[:3], ValueError, "q_weight must have the shape"),
         (8, lambda cos: cos[..., :3], ValueError, "cos must have the shape"),

@@ -16,17 +16,17 @@ BATCH, SLOTS, WIDTH, SINKS, WINDOW, POSITION = 2, 8, 32, 1, 3, 5
 FUSED = "qk_norm_rope_quantized_attention"
 
 
-def layer_inputs(format="int4", dtype=torch.float32):
+def layer_inputs(format="int4", dtype=torch.float32, batch=BATCH, slots=SLOTS):
     """What one layer reads, and its cache with five tokens in it."""
-    q, k, v = (torch.randn(BATCH, 1, heads, WIDTH).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    q, k, v = (torch.randn(batch, 1, heads, WIDTH).to(dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     weights = [torch.rand(WIDTH).to(dtype) + 0.5 for _ in range(2)]
-    angles = torch.randn(BATCH, 1, WIDTH // 2).repeat(1, 1, 2)
-    parsed, start = Format.parse(format), torch.tensor([0, 1])
-    buffers = [torch.zeros(BATCH, KV_HEADS, SLOTS, size, dtype=torch.uint8) for size in (parsed.key_bytes(WIDTH), parsed.value_bytes(WIDTH))]
-    buffers += [torch.zeros(2, BATCH, KV_HEADS, SLOTS, dtype=torch.float16), torch.zeros(2, BATCH, KV_HEADS, SINKS + WINDOW, WIDTH, dtype=dtype)]
-    old = [torch.randn(BATCH, KV_HEADS, POSITION, WIDTH).to(dtype) for _ in range(2)]
+    angles = torch.randn(batch, 1, WIDTH // 2).repeat(1, 1, 2)
+    parsed, start = Format.parse(format), torch.arange(batch)
+    buffers = [torch.zeros(batch, KV_HEADS, slots, size, dtype=torch.uint8) for size in (parsed.key_bytes(WIDTH), parsed.value_bytes(WIDTH))]
+    buffers += [torch.zeros(2, batch, KV_HEADS, slots, dtype=torch.float16), torch.zeros(2, batch, KV_HEADS, SINKS + WINDOW, WIDTH, dtype=dtype)]
+    old = [torch.randn(batch, KV_HEADS, POSITION, WIDTH).to(dtype) for _ in range(2)]
     quantized_kv_write(*old, *buffers, torch.arange(POSITION), torch.tensor([POSITION - 1]), start, SINKS, format)
-    mask = ((torch.arange(SLOTS) <= POSITION) & (torch.arange(SLOTS) >= start[:, None]))[:, None, None]
+    mask = ((torch.arange(slots) <= POSITION) & (torch.arange(slots) >= start[:, None]))[:, None, None]
     return [q, k, v, *weights, angles.cos().to(dtype), angles.sin().to(dtype), *buffers, torch.tensor([POSITION]), start, mask]
 
 

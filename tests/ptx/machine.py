@@ -219,7 +219,7 @@ class Machine:
         self._assign(operands[0], as_bits(values, target), active)
 
     def _shfl(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:
-        lane, step = np.arange(self._lanes) % 32, self._bits(operands[2]).astype(np.int64)
+        lane, step = np.arange(self._lanes) % 32, np.where(active, self._bits(operands[2]), 0).astype(np.int64)
         source = {"bfly": lane ^ step, "idx": step % 32, "down": np.minimum(lane + step, 31), "up": np.maximum(lane - step, 0)}[op[2]]
         self._assign(operands[0].split("|")[0], self._bits(operands[1])[np.arange(self._lanes) // 32 * 32 + source], active)
 

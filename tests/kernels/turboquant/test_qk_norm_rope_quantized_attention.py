@@ -1,6 +1,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 # Arguments are cut from lists, whose lengths pyright takes for unknown.
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -77,26 +78,36 @@ def dense(buffers: Buffers, slot: int, start: torch.Tensor, sinks: int, format: 
     return results
 
 
-def check(arguments, **launch):
-    """Assert that the result is as accurate as a model's, and that the new token alone is written, as ``quantize`` says."""
-    q, k, v, q_weight, k_weight, q_eps, k_eps, *angles = arguments[:FIRST_BUFFER]
-    buffers, (position, start, sinks, format, mask, scale) = Buffers(*arguments[FIRST_BUFFER:POSITION]), arguments[POSITION:]
-    before, slot, dtype = buffers.clone(), int(position) % buffers.k_codes.shape[2], q.dtype
-    q_model = rotary_reference(q if q_weight is None else rms_norm_reference(q, q_weight, q_eps), *angles)
-    k_model = rotary_reference(k if k_weight is None else rms_norm_reference(k, k_weight, k_eps), *angles)
-    exact = dense(before, slot, start, sinks, format, [oracle(k, k_weight, k_eps, *angles), v])
-    model = [x.to(dtype) for x in dense(before, slot, start, sinks, format, [k_model, v])]
+def in_dtype(q, k, v, q_weight, k_weight, q_eps, k_eps, *angles) -> list[torch.Tensor]:
+    """Return a token's queries, key and value as a model hands them to attention."""
+    normed = (x if weight is None else rms_norm_reference(x, weight, eps) for x, weight, eps in ((q, q_weight, q_eps), (k, k_weight, k_eps)))
+    return [*(rotary_reference(x, *angles) for x in normed), v]
+
+
+def in_float64(q, k, v, q_weight, k_weight, q_eps, k_eps, *angles) -> list[torch.Tensor]:
+    """Return the same without rounding."""
+    return [oracle(q, q_weight, q_eps, *angles), oracle(k, k_weight, k_eps, *angles), v.double()]
+
+
+def check_step(run, rest, model, exact):
+    """Assert that the result of a step is as accurate as a model's, and that the new token alone is written, as ``quantize`` says.
+
+    ``run`` is the step, ``rest`` are its arguments from the buffers on, and ``model`` and ``exact`` its queries, key and value. Returns the
+    result, and the key and the value that are kept.
+    """
+    buffers, (position, start, sinks, format, mask, scale) = Buffers(*rest[:4]), rest[4:]
+    before, slot = buffers.clone(), int(position) % buffers.k_codes.shape[2]
+    exact_cache = dense(before, slot, start, sinks, format, exact[1:])
+    model_cache = [x.to(model[0].dtype) for x in dense(before, slot, start, sinks, format, model[1:])]
     with poisoned_memory():
-        out = qk_norm_rope_quantized_attention_triton(*arguments, **launch)
+        out = run()
     assert out.transpose(1, 2).is_contiguous()
-    expected = softmax_attention(oracle(q, q_weight, q_eps, *angles), *exact, mask, scale)
-    assert_accurate(out, expected, softmax_attention(q_model, *model, mask, scale))
+    assert_accurate(out, softmax_attention(exact[0], *exact_cache, mask, scale), softmax_attention(model[0], *model_cache, mask, scale))
     recent = sinks + slot % (buffers.kept.shape[3] - sinks)
     written = buffers.kept[:, :, :, recent : recent + 1]
-    assert_accurate(written[0], exact[0][:, :, slot : slot + 1], k_model)
-    assert torch.equal(written[1], v)
     parsed = Format.parse(format)
     for side, (codes, bits) in enumerate(((buffers.k_codes, parsed.k_bits), (buffers.v_codes, parsed.v_bits))):
+        assert_accurate(written[side], exact[1 + side], model[1 + side])
         expected_codes, expected_scales = quantize(written[side], bits, unbiased=side == 0)
         assert_same_codes(codes[:, :, slot : slot + 1], expected_codes, written[side], bits)
         torch.testing.assert_close(buffers.scales[side, :, :, slot : slot + 1], expected_scales, rtol=2e-3, atol=0)
@@ -109,6 +120,14 @@ def check(arguments, **launch):
     before.scales[:, :, :, slot] = buffers.scales[:, :, :, slot]
     for name, actual, expected in zip(Buffers._fields, buffers, before):
         assert torch.equal(actual.nan_to_num(7.0), expected.nan_to_num(7.0)), f"{name} changed elsewhere"
+    return out, written
+
+
+def check(arguments, **launch):
+    given, rest = arguments[:FIRST_BUFFER], arguments[FIRST_BUFFER:]
+    run = partial(qk_norm_rope_quantized_attention_triton, *arguments, **launch)
+    _, written = check_step(run, rest, in_dtype(*given), in_float64(*given))
+    assert torch.equal(written[1], arguments[2])
 
 
 @given(

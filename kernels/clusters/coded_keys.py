@@ -1,0 +1,122 @@
+"""Scores of two query heads for quantised keys, for kernels of clusters to use."""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.codes import levels_of_codes, load_float, of_quad, places, zeros
+from qtts_compile.kernels.clusters.instructions import as_words, load_global_4, load_global_byte, load_global_half, load_shared_2, store_shared
+from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, PEAKS, Q_ROTATED, ROW
+from qtts_compile.kernels.clusters.rotation import rotate
+from qtts_compile.kernels.clusters.words import add_product, high, low, low_float16, pack
+from qtts_compile.kernels.turboquant.kept import find_kept
+
+_find_kept = gluon.jit(find_kept.fn)
+
+
+@gluon.jit
+def store_rotated(base, a, b):
+    """Rotate the first two of four heads, queries, and store them."""
+    head = gl.arange(0, 4, layout=gl.SliceLayout(1, a.type.layout))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, a.type.layout))
+    a0, a1, b0, b1 = rotate(low(a), high(a), low(b), high(b))
+    address = base + Q_ROTATED + (head * ROW)[:, None] + (lane * 4)[None, :]
+    is_query, factor = (head < GROUP).to(gl.int32)[:, None], HEAD.value**-0.5
+    store_shared(address, pack(a0 * factor, a1 * factor), is_query)
+    store_shared(address + HEAD, pack(b0 * factor, b1 * factor), is_query)
+
+
+@gluon.jit
+def load_coded_keys(Codes_ptr, Scales_ptr, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
+    """Load a tile of each warp: four words of the keys g and g + 8, their scales, and whether they count: kept tokens and what is masked do not."""
+    warp, g, t, which = places()
+    slot = first_slot + (tile + warp) * KEYS + g + 8 * which
+    is_sink, is_recent = _find_kept(slot, row, start, SINKS, WINDOW)
+    is_loaded = ((tile + warp < own_tiles) & ~is_sink & ~is_recent).to(gl.int32)
+    words = load_global_4(as_words(Codes_ptr) + slot * (CODE_ROW // 4) + 4 * t, is_loaded)
+    scales = load_global_half(Scales_ptr + slot, is_loaded)
+    if Mask_ptr is not None:
+        is_loaded = load_global_byte(Mask_ptr + slot, is_loaded)
+    return words, scales, is_loaded
+
+
+@gluon.jit
+def load_queries(base):
+    """Load the rotated queries that the words of :func:`load_coded_keys` meet: eight coordinates of a head."""
+    _, g, t, which = places()
+    address = base + Q_ROTATED + g % GROUP * ROW + t * 64 + which * 4
+    queries = ()
+    for i in gl.static_range(8):
+        queries = queries + (load_shared_2(address + i * 8),)
+    return queries
+
+
+@gluon.jit
+def score_codes(base, queries, keys, tile, scale, peaks, SCORES: gl.constexpr, STRIDE: gl.constexpr):
+    """Store the scores of both heads for a tile of each warp, and -inf for what does not count; return each lane's largest, of both heads."""
+    words, scales, is_live = keys
+    warp, g, _, head = places()
+    # Two sums each, so that half as many products wait for each other.
+    first, second, more_first, more_second = zeros(), zeros(), zeros(), zeros()
+    for i in gl.static_range(4):
+        levels = levels_of_codes(words[i])
+        first, second = add_product(first, second, levels[0], levels[1], queries[2 * i])
+        more_first, more_second = add_product(more_first, more_second, levels[2], levels[3], queries[2 * i + 1])
+    first, second = first + more_first, second + more_second
+    # A lane's two sums are of one key and both heads, its two scales of one head and both keys.
+    unit_first, unit_second = _each(low_float16(scales) * (scale * LOG2_E))
+    live_first, live_second = _each(is_live.to(gl.float32))
+    first = gl.where(live_first != 0, first * unit_first, float("-inf"))
+    second = gl.where(live_second != 0, second * unit_second, float("-inf"))
+    address = base + SCORES + head * STRIDE + ((tile + warp) * KEYS + g) * 4
+    store_shared(address, first.to(gl.int32, bitcast=True), head * 0 + 1)
+    store_shared(address + 32, second.to(gl.int32, bitcast=True), head * 0 + 1)
+    return gl.maximum(peaks, gl.maximum(first, second))
+
+
+@gluon.jit
+def _each(pair):
+    """Return two tensors: a lane's first number twice, and its second."""
+    return gl.inline_asm_elementwise(
+        "{ mov.b32 $0, $4; mov.b32 $1, $4; mov.b32 $2, $5; mov.b32 $3, $5; }",
+        "=&f,=&f,=&f,=&f,f,f", [pair], dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def no_peaks():
+    """Return what :func:`score_codes` begins with."""
+    return zeros() + float("-inf")
+
+
+@gluon.jit
+def store_peaks(base, peaks):
+    """Store the largest score of each warp and head."""
+    peaks = gl.max(gl.reshape(peaks, [4, 8, 4, 2]), axis=1)
+    layout: gl.constexpr = peaks.type.layout
+    warp = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
+    head = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
+    address = gl.broadcast(base + PEAKS + warp * 8 + head * 4, peaks)[0]
+    store_shared(address, peaks.to(gl.int32, bitcast=True), address * 0 + 1)
+
+
+@gluon.jit
+def largest_of(base, head, kept_peak):
+    """Return the largest score of a head: of its kept tokens or of any warp's codes."""
+    peak = kept_peak
+    for warp in gl.static_range(N_WARPS):
+        peak = gl.maximum(peak, load_float(base + PEAKS + warp * 8 + head * 4))
+    return peak
+
+
+@gluon.jit
+def origins_of(base, KEPT_SCORES: gl.constexpr, STRIDE: gl.constexpr):
+    """Return for each lane the largest score of the head g % 2, or zero if none counts."""
+    _, g, t, which = places()
+    address = base + KEPT_SCORES + g % GROUP * STRIDE + (4 * t + which) * 4
+    kept = gl.maximum(load_shared_2(address).to(gl.float32, bitcast=True), load_shared_2(address + 8).to(gl.float32, bitcast=True))
+    peak = largest_of(base, g % GROUP, of_quad(kept, True))
+    return gl.where(peak == float("-inf"), 0.0, peak)

@@ -1,0 +1,83 @@
+"""Codes of 4 bits of a warp's tile of 16 slots, as matrices for the tensor cores, for kernels of clusters to use.
+
+In the matrices of ``mma.m16n8k16`` a lane has the group g = lane / 4 and the place t = lane % 4 in it.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.instructions import load_shared
+from qtts_compile.kernels.clusters.memory import linear_layout
+from qtts_compile.kernels.turboquant.levels import TO_BFLOAT16_4
+
+
+@gluon.constexpr_function
+def lanes_layout():
+    """Two numbers of each lane [4, 32, 2]."""
+    return linear_layout([[0, 0, 1]], [[0, 2**i, 0] for i in range(5)], [[1, 0, 0], [2, 0, 0]], [4, 32, 2])
+
+
+@gluon.jit
+def places():
+    """Return each number's warp, g, t, and which of the lane's two it is."""
+    layout: gl.constexpr = lanes_layout()
+    warp = gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    which = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    lane = gl.expand_dims(gl.expand_dims(lane, 0), 2)
+    which = gl.expand_dims(gl.expand_dims(which, 0), 1)
+    return gl.expand_dims(gl.expand_dims(warp, 1), 2) + 0 * lane + 0 * which, lane // 4 + 0 * which, lane % 4 + 0 * which, which
+
+
+@gluon.jit
+def zeros():
+    layout: gl.constexpr = lanes_layout()
+    return gl.zeros([4, 32, 2], gl.float32, layout=layout)
+
+
+@gluon.jit
+def load_float(address):
+    return load_shared(address).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def levels_of_codes(codes):
+    """Return the levels of words of eight codes, as four words of two bfloat16."""
+    return gl.inline_asm_elementwise(
+        TO_BFLOAT16_4, "=&r,=&r,=&r,=&r,r", [codes], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def of_quad(pairs, IS_MAX: gl.constexpr):
+    """Return the maximum or the sum of the pairs of four lanes, to each of them."""
+    if IS_MAX:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .f32 x, y;
+            max.f32 x, $2, $3;
+            shfl.sync.bfly.b32 y, x, 1, 31, -1;
+            max.f32 x, x, y;
+            shfl.sync.bfly.b32 y, x, 2, 31, -1;
+            max.f32 $0, x, y;
+            mov.b32 $1, $0;
+            }""",
+            "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .f32 x, y;
+            add.f32 x, $2, $3;
+            shfl.sync.bfly.b32 y, x, 1, 31, -1;
+            add.f32 x, x, y;
+            shfl.sync.bfly.b32 y, x, 2, 31, -1;
+            add.f32 $0, x, y;
+            mov.b32 $1, $0;
+            }""",
+            "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip

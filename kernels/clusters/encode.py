@@ -1,0 +1,60 @@
+"""Quantisation of one token's key and value into codes of 4 bits, for kernels of clusters to use: ``codec.quantize`` in the lanes of a warp."""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.instructions import store_global_byte, store_global_float16
+from qtts_compile.kernels.clusters.memory import CODE_ROW, HEAD
+from qtts_compile.kernels.clusters.rotation import rotate
+from qtts_compile.kernels.clusters.words import high, low
+from qtts_compile.kernels.turboquant import encode
+
+_nearest, _is_storable = gluon.jit(encode.nearest.fn), gluon.jit(encode.is_storable.fn)
+MIN_PEAK = encode.MIN_PEAK
+
+
+@gluon.jit
+def _finite_or_inf(x):
+    magnitude = gl.abs(x)
+    return gl.where(magnitude < float("inf"), magnitude, float("inf"))
+
+
+@gluon.jit
+def write_codes(a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is_written):
+    """Write codes and scales of the third and the fourth of four heads, a key and a value, to the pointers, if ``is_written``."""
+    layout: gl.constexpr = a.type.layout
+    x = low(a), high(a), low(b), high(b)
+    rotated = rotate(x[0], x[1], x[2], x[3])
+    role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+    peaks = gl.maximum(gl.maximum(_finite_or_inf(x[0]), _finite_or_inf(x[1])), gl.maximum(_finite_or_inf(x[2]), _finite_or_inf(x[3])))
+    peak = gl.maximum(gl.max(peaks, axis=1), MIN_PEAK)
+    inverse = (1.0 / peak)[:, None]
+    squares = gl.zeros_like(x[0])
+    for i in gl.static_range(4):
+        squares += (x[i] * inverse) * (x[i] * inverse)
+    norm = gl.sqrt(gl.sum(squares, axis=1))
+    # The factor of a rotation and the root of HEAD, by which codes are larger than unit vectors, are each other's inverse.
+    factor = inverse / gl.maximum(norm, MIN_PEAK)[:, None]
+    codes, products, level_squares = (), gl.zeros_like(x[0]), gl.zeros_like(x[0])
+    for i in gl.static_range(4):
+        z = rotated[i] * factor
+        code, level = _nearest(z, 4)
+        codes = codes + (code,)
+        products += z * level
+        level_squares += level * level
+    product = gl.sum(products, axis=1)
+    ratio = gl.where(role == 2, HEAD / gl.where(norm == 0, 1.0, product), product / gl.sum(level_squares, axis=1))
+    root: gl.constexpr = HEAD.value**0.5
+    scale = norm * ratio / root * peak
+    Code_ptr, Scale_ptr = gl.where(role == 2, K_code_ptr, V_code_ptr), gl.where(role == 2, K_scale_ptr, V_scale_ptr)
+    is_written = is_written & (role >= 2)
+    code_ptrs = Code_ptr[:, None] + lane[None, :]
+    store_global_byte(code_ptrs, codes[0] | (codes[1] << 4), is_written.to(gl.int32)[:, None])
+    store_global_byte(code_ptrs + CODE_ROW // 2, codes[2] | (codes[3] << 4), is_written.to(gl.int32)[:, None])
+    store_global_float16(Scale_ptr, scale, is_written.to(gl.int32))
+    gl.device_assert((role < 2) | _is_storable(scale), "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")

@@ -1,0 +1,222 @@
+"""The kernel of ``norm_qkv_quantized_attention``: as ``norm_qkv_attention``'s, over codes of 4 bits and kept tokens, however many slots there are.
+
+The slots whose codes count are dealt out evenly to the 16 CTAs of a cluster, and so are the kept tokens, of which the new one is one. The last CTA,
+which has the fewest, also writes the new token's codes while the first joins what all found.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.attend import (
+    join,
+    load_keys,
+    load_values,
+    send_partial,
+    send_stats,
+    store_no_scores,
+    store_scores,
+    sum_values,
+    values_layout_of,
+)
+from qtts_compile.kernels.clusters.coded_keys import (
+    largest_of,
+    load_coded_keys,
+    load_queries,
+    no_peaks,
+    origins_of,
+    score_codes,
+    store_peaks,
+    store_rotated,
+)
+from qtts_compile.kernels.clusters.coded_values import add_values, load_coded_values, no_sums, send_all_columns, store_kept, store_sums, sum_of
+from qtts_compile.kernels.clusters.encode import write_codes
+from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads, write_heads
+from qtts_compile.kernels.clusters.instructions import (
+    allocate,
+    announce,
+    arrive_at_cluster,
+    as_words,
+    cluster_rank,
+    expect_bytes,
+    load_shared,
+    prepare_barriers,
+    request_bytes,
+    wait_for_bytes,
+    wait_for_cluster,
+    wait_for_cta,
+    wait_for_inputs,
+)
+from qtts_compile.kernels.clusters.live import live_kept, look_behind
+from qtts_compile.kernels.clusters.memory import (
+    ALL_SCORES,
+    ARRIVED,
+    BYTES_OF_PARTIAL,
+    CODE_ROW,
+    FLAGS,
+    GROUP,
+    HEAD,
+    HEAD_WEIGHTS,
+    K_TILE,
+    KEYS,
+    N_CTAS,
+    N_WARPS,
+    PARTIALS,
+    ROW,
+    STATS,
+    V_TILE,
+    end_of_scores,
+    mask_words,
+    score_bytes,
+    tiles_of_step,
+)
+from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
+from qtts_compile.kernels.clusters.words import pack
+
+
+@gluon.jit
+def norm_qkv_quantized_attention_kernel(
+    X_ptr, Norm_ptr, Q_proj_ptr, K_proj_ptr, V_proj_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr,
+    Position_ptr, Start_ptr, Mask_ptr, Out_ptr, eps, q_eps, k_eps, scale, S, k_codes_stride_h, v_codes_stride_h, scales_stride, scales_stride_h,
+    kept_stride, kept_stride_h, stride_axis,
+    K: gl.constexpr, TILES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
+    HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
+    SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
+):  # fmt: skip
+    announce(HAS_PDL)
+    memory, base = allocate(SHARED_BYTES)
+    AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
+    HAS_MASK: gl.constexpr = Mask_ptr is not None
+    X: gl.constexpr = end_of_scores(TILES)
+    SCORES: gl.constexpr = ALL_SCORES + 4 * KEYS
+    STEP: gl.constexpr = tiles_of_step(TILES)
+    STRIDE: gl.constexpr = score_bytes(TILES)  # of a head
+    prepare_barriers(base + ARRIVED)
+    k_head, rank = gl.program_id(0), cluster_rank()
+
+    # Requests that wait for no other kernel.
+    w_ptrs, tiles = request_rows(Q_proj_ptr, K_proj_ptr, V_proj_ptr, k_head, rank, K)
+    x_words = words_of_x(K)
+    norm = gl.load(as_words(Norm_ptr) + x_words)
+    position = gl.load(Position_ptr, volatile=True)
+    start = gl.load(Start_ptr).to(gl.int32)
+    request_bytes(base + HEAD_WEIGHTS, Q_weight_ptr, ROW, base + ARRIVED)
+    request_bytes(base + HEAD_WEIGHTS + ROW, K_weight_ptr, ROW, base + ARRIVED)
+    arrive_at_cluster()
+    wait_for_inputs(HAS_PDL)
+
+    # x first, then what attention needs. Of the row that is written nothing is used, whatever was read.
+    x = gl.load(as_words(X_ptr) + x_words)
+    request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES)
+    position = gl.where(position < 0, position + S, position)
+    in_cache = (position >= 0) & (position < S)
+    row = gl.where(in_cache, position, 0).to(gl.int32)
+    kept_row = gl.where(in_cache, SINKS + row % WINDOW, -1)
+    kept_tile = N_CTAS - 1 - rank  # the first CTAs have codes, the last have kept tokens, and some both
+    own_kept = gl.minimum(gl.maximum(SINKS + WINDOW - kept_tile * KEYS, 0), KEYS)
+    k_head = k_head.to(gl.int64)
+    K_codes_ptr += k_head * k_codes_stride_h
+    V_codes_ptr += k_head * v_codes_stride_h
+    K_scales_ptr = Scales_ptr + k_head * scales_stride_h
+    V_scales_ptr = K_scales_ptr + scales_stride
+    K_kept_ptr = Kept_ptr + k_head * kept_stride_h
+    V_kept_ptr = K_kept_ptr + kept_stride
+    if own_kept > 0:
+        request_bytes(base + K_TILE, K_kept_ptr + kept_tile * (KEYS * HEAD), own_kept * ROW, base + ARRIVED)
+        request_bytes(base + V_TILE, V_kept_ptr + kept_tile * (KEYS * HEAD), own_kept * ROW, base + ARRIVED)
+    expect_bytes(base + ARRIVED, (4 + 2 + 2 * AXES) * ROW + own_kept * (2 * ROW))
+    expect_bytes(base + ARRIVED + 8, N_CTAS * BYTES_OF_PARTIAL)
+    is_kept_live = live_kept(Mask_ptr, kept_tile, row, start, SINKS, WINDOW)
+    if HAS_MASK:
+        look_behind(base, Mask_ptr, row, S, mask_words(TILES))
+    share_x(base + X, x, norm)
+    wait_for_cta()
+    y = multiply(base + X, w_ptrs, tiles, eps, K)
+    wait_for_cluster()
+    send_rows(y, rank, base, N_CTAS)
+
+    # The codes before the window count, and where a mask does not exclude them those behind the new token.
+    n_tiles = S // KEYS
+    if HAS_MASK:
+        flags = load_shared(base + FLAGS) | load_shared(base + FLAGS + 4) | load_shared(base + FLAGS + 8) | load_shared(base + FLAGS + 12)
+        n_tiles = gl.where(flags != 0, n_tiles, (gl.maximum(row + 1 - WINDOW, 0) + KEYS - 1) // KEYS)
+    most_tiles = (n_tiles + N_CTAS - 1) // N_CTAS
+    first_slot = rank * most_tiles * KEYS
+    own_tiles = gl.minimum(gl.maximum(n_tiles - rank * most_tiles, 0), most_tiles)
+    keys, values = (), ()
+    for tile in gl.static_range(0, STEP, N_WARPS):
+        keys = keys + (load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS, WINDOW),)
+        values = values + (load_coded_values(V_codes_ptr, V_scales_ptr, tile, own_tiles, first_slot),)
+
+    wait_for_bytes(base + ARRIVED)
+    a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+    place_heads(base, a, b, K_kept_ptr, V_kept_ptr, kept_row, kept_tile)
+    if own_tiles > 0:
+        store_rotated(base, a, b)
+    wait_for_cta()
+
+    values_layout: gl.constexpr = values_layout_of()
+    pairs_layout: gl.constexpr = gl.SliceLayout(2, values_layout)
+    columns_layout: gl.constexpr = gl.SliceLayout(1, values_layout)
+    head = gl.arange(0, GROUP, layout=gl.SliceLayout(1, pairs_layout))
+    key_or_tile = gl.arange(0, KEYS, layout=gl.SliceLayout(0, pairs_layout))
+    head_of_columns = gl.arange(0, GROUP, layout=gl.SliceLayout(1, columns_layout))
+    word = gl.arange(0, HEAD // 2, layout=gl.SliceLayout(0, columns_layout))
+    value_words = (head_of_columns * 0)[:, None] + word[None, :]
+    if own_kept > 0:
+        store_scores(base + ALL_SCORES, STRIDE, load_keys(base), is_kept_live, scale)
+    else:
+        store_no_scores(base + ALL_SCORES, STRIDE)
+    if own_tiles > 0:
+        queries, peaks = load_queries(base), no_peaks()
+        for first in range(0, own_tiles, STEP):
+            for i in gl.static_range(STEP // N_WARPS):
+                peaks = score_codes(base, queries, keys[i], first + i * N_WARPS, scale, peaks, SCORES, STRIDE)
+            if TILES > STEP:
+                keys = ()
+                for tile in gl.static_range(STEP, 2 * STEP, N_WARPS):
+                    keys = keys + (
+                        load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, first + tile, own_tiles, first_slot, row, start, SINKS, WINDOW),
+                    )
+        store_peaks(base, peaks)
+    v = load_values(base, head, key_or_tile, value_words)
+    wait_for_cta()
+    scores = load_shared(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :]).to(gl.float32, bitcast=True)
+    row_max = gl.max(scores, axis=1)
+    if own_tiles > 0:
+        row_max = largest_of(base, head, row_max)
+    weights, even, odd = sum_values(scores, gl.where(row_max == float("-inf"), 0.0, row_max), v)
+    row_sum = gl.sum(weights, axis=1)
+    partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
+    if own_tiles > 0:
+        origins = origins_of(base, ALL_SCORES, STRIDE)
+        sums = no_sums()
+        for first in range(0, own_tiles, STEP):
+            for i in gl.static_range(STEP // N_WARPS):
+                sums = add_values(base, sums, values[i], first + i * N_WARPS, own_tiles, origins, SCORES, STRIDE)
+            if TILES > STEP:
+                values = ()
+                for tile in gl.static_range(STEP, 2 * STEP, N_WARPS):
+                    values = values + (load_coded_values(V_codes_ptr, V_scales_ptr, first + tile, own_tiles, first_slot),)
+        store_sums(base, sums)
+        store_kept(base, even, odd, head_of_columns, value_words)
+        wait_for_cta()
+        send_all_columns(base, partials)
+        row_sum += sum_of(base, head)
+    else:
+        send_partial(even, odd, partials + (head_of_columns * 4 * HEAD)[:, None] + (word * 8)[None, :], base + ARRIVED + 8)
+    send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+    if rank == 0:
+        row_sum, even, odd = join(base, head, key_or_tile, value_words, N_CTAS)
+        divisor = gl.convert_layout(gl.where(row_sum == 0, 1.0, row_sum), gl.SliceLayout(1, columns_layout), assert_trivial=True)[:, None]
+        out_ptrs = as_words(Out_ptr) + k_head * HEAD + (head_of_columns * (HEAD // 2))[:, None] + word[None, :]
+        gl.store(out_ptrs, pack(even / divisor, odd / divisor))
+        gl.device_assert(in_cache, "kv_write: position is out of range")
+    if rank == N_CTAS - 1:
+        is_sink = in_cache & (row >= start) & (row < start + SINKS)
+        write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)
+        write_codes(a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
+    memory._keep_alive()

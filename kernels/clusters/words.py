@@ -1,0 +1,64 @@
+"""Words of 32 bits that hold two bfloat16 or float16, and products of matrices of them, for Gluon kernels (PTX ISA)."""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def low(words):
+    """Return the first of two bfloat16, as float32."""
+    return (words << 16).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def high(words):
+    """Return the second of two bfloat16, as float32."""
+    return (words & -65536).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def low_float16(words):
+    """Return the first of two float16, as float32."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 half, other; mov.b32 {half, other}, $1; cvt.f32.f16 $0, half; }", "=f,r", [words], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def pack(first, second):
+    """Round pairs of float32 to words of two bfloat16."""
+    return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def pack_pairs(first, second):
+    """Round two tensors of pairs of float32 to words of two bfloat16, and return pairs of them."""
+    return gl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $3, $2; cvt.rn.bf16x2.f32 $1, $5, $4;", "=&r,=&r,f,f,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def transpose_pairs(words):
+    """Exchange, in pairs of words of two bfloat16, the second of the first word with the first of the second."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $2, $3, 0x5410; prmt.b32 $1, $2, $3, 0x7632;", "=&r,=&r,r,r", [words], dtype=gl.int32, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def add_product(first, second, a_first, a_second, b):
+    """Add the product of matrices [16, 16] and [16, 8] of bfloat16, two pairs of words of a lane and one, to one of float32, two pairs of a lane."""
+    return gl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
+        "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r", [first, second, a_first, a_second, b], dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def any_of_warp(words):
+    """Return the bits that are set in the word of any lane of a warp."""
+    return gl.inline_asm_elementwise("redux.sync.or.b32 $0, $1, -1;", "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1)

@@ -1,0 +1,88 @@
+"""What operators have in common that project one token and attend with it, over whatever cache: its heads, checks, and the kernels of clusters."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from qtts_compile.kernels.checks import check_rank
+from qtts_compile.kernels.clusters import device as clusters
+from qtts_compile.kernels.clusters.memory import GROUP, HEAD, KEYS
+from qtts_compile.kernels.norm_linears import check_norm_linears
+from qtts_compile.kernels.pdl import pdl_options
+from qtts_compile.kernels.rotary import Angles
+
+WIDTHS = (512, 1024, 2048)  # of x: with more the kernels run out of registers
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, each [1, H, 1, D]
+
+
+def as_heads(results: Sequence[torch.Tensor], width: int) -> Heads:
+    """Return the projections ``[..., H D]`` of one row as heads."""
+    q, k, v = (result.view(1, -1, 1, width) for result in results)
+    return q, k, v
+
+
+def allocate(x: torch.Tensor, weights: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+    """Allocate the attention ``[1, Hq, 1, D]`` of a token."""
+    return torch.empty((1, weights[0].shape[0] // width, 1, width), dtype=x.dtype, device=x.device)
+
+
+def check_slots(name: str, cache: torch.Tensor, most: int, attention: str) -> None:
+    """Raise ``ValueError`` unless a ``cache`` ``[1, Hk, S, D]`` has 1 to ``most`` slots; ``attention`` is the operator that takes more."""
+    check_rank(name, cache, "1, Hk, S, D")
+    if not 0 < cache.shape[2] <= most:
+        raise ValueError(f"{name} must have 1 to {most} slots, got {tuple(cache.shape)}; call norm_linears and {attention} for more")
+
+
+def check_projections(
+    x: torch.Tensor, norm_weight: torch.Tensor | None, weights: Sequence[torch.Tensor], eps: float, width: int, attention: str
+) -> Heads:
+    """Raise ``TypeError`` or ``ValueError`` unless these are one row and what projects it to heads of a ``width``.
+
+    ``attention`` is the operator that takes more rows. Returns what has the shape, dtype and device of the heads, and no memory of its own.
+    """
+    check_norm_linears(x, norm_weight, weights, [None] * len(weights), eps)
+    if len(weights) != 3:
+        raise ValueError(f"weights must be those of queries, keys and values, got {len(weights)}")
+    if x.numel() != x.shape[-1]:
+        raise ValueError(f"x must have one row, got {tuple(x.shape)}; call norm_linears and {attention} for more")
+    for i, weight in enumerate(weights):
+        if width == 0 or weight.shape[0] % width:
+            raise ValueError(f"weights[{i}] must be [H D, K] of heads as wide as the cache's, {width}, got {tuple(weight.shape)}")
+    q, k, v = (x.reshape(-1)[0].expand(1, weight.shape[0] // width, 1, width) for weight in weights)
+    return q, k, v
+
+
+def are_served(
+    x: torch.Tensor, norm_weight: torch.Tensor | None, weights: Sequence[torch.Tensor], q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
+    angles: Angles, mask: torch.Tensor | None, slots: int, width: int,
+) -> bool:  # fmt: skip
+    """Tell whether kernels of clusters take a token: their sizes are fixed, and what they copy in bulk lies at multiples of 16 bytes.
+
+    Where the cache lies is for the operator to judge.
+    """
+    if not clusters.has_clusters(x.device) or x.dtype != torch.bfloat16 or norm_weight is None or q_weight is None or k_weight is None:
+        return False
+    are_heads_served = width == HEAD.value and weights[0].shape[0] == GROUP.value * weights[1].shape[0]
+    are_sizes_served = are_heads_served and x.shape[-1] in WIDTHS and slots % KEYS.value == 0
+    if not are_sizes_served or not all(weight.is_contiguous() for weight in weights) or angles.stride_axis % 8:
+        return False
+    if mask is not None and (mask.dtype != torch.bool or mask.numel() != slots or mask.stride(-1) != 1):
+        return False
+    return are_aligned(x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, *([] if mask is None else [mask]))
+
+
+def are_aligned(*tensors: torch.Tensor) -> bool:
+    """Tell whether tensors begin where bulk copies can."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def launch(kernel: Any, key_heads: int, device: torch.device, arguments: Sequence[Any], **constants: Any) -> bool:
+    """Launch a kernel of clusters, one for each key head, or tell that the GPU has no room for one."""
+    options = dict(**constants, **pdl_options(device), num_warps=clusters.WARPS, num_ctas=clusters.CTAS, debug=True, sanitize_overflow=False)
+    run = partial(kernel.run, *arguments, grid=(key_heads,), **options)
+    if not clusters.have_room(device, partial(run, warmup=True)):
+        return False
+    run(warmup=False)
+    return True
