@@ -7,9 +7,23 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.codes import levels_of_codes, load_float, of_quad, places, zeros
+from qtts_compile.kernels.clusters.codes import levels_of_codes, load_float, max_of_quad, places, zeros
 from qtts_compile.kernels.clusters.instructions import as_words, load_global_4, load_global_byte, load_global_half, load_shared_2, store_shared
-from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, PEAKS, Q_ROTATED, ROW
+from qtts_compile.kernels.clusters.memory import (
+    ALL_SCORES,
+    CODE_ROW,
+    GROUP,
+    HEAD,
+    KEYS,
+    LOG2_E,
+    N_WARPS,
+    PEAKS,
+    Q_ROTATED,
+    ROW,
+    SCORES_OF_CODES,
+    score_bytes,
+    tiles_of_step,
+)
 from qtts_compile.kernels.clusters.rotation import rotate
 from qtts_compile.kernels.clusters.words import add_product, high, low, low_float16, pack
 from qtts_compile.kernels.turboquant.kept import find_kept
@@ -30,7 +44,18 @@ def store_rotated(base, a, b):
 
 
 @gluon.jit
-def load_coded_keys(Codes_ptr, Scales_ptr, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
+def load_coded_keys(
+    Codes_ptr, Scales_ptr, Mask_ptr, first_tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr, STEP: gl.constexpr,
+):  # fmt: skip
+    """Load as many of a CTA's tiles of keys as one step takes, those that are there, from ``first_tile`` on."""
+    keys = ()
+    for i in gl.static_range(0, STEP, N_WARPS):
+        keys = keys + (_load_tile(Codes_ptr, Scales_ptr, Mask_ptr, first_tile + i, own_tiles, first_slot, row, start, SINKS, WINDOW),)
+    return keys
+
+
+@gluon.jit
+def _load_tile(Codes_ptr, Scales_ptr, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
     """Load a tile of each warp: four words of the keys g and g + 8, their scales, and whether they count: kept tokens and what is masked do not."""
     warp, g, t, which = places()
     slot = first_slot + (tile + warp) * KEYS + g + 8 * which
@@ -44,8 +69,25 @@ def load_coded_keys(Codes_ptr, Scales_ptr, Mask_ptr, tile, own_tiles, first_slot
 
 
 @gluon.jit
-def load_queries(base):
-    """Load the rotated queries that the words of :func:`load_coded_keys` meet: eight coordinates of a head."""
+def score_codes(
+    base, keys, Codes_ptr, Scales_ptr, Mask_ptr, own_tiles, first_slot, row, start, scale,
+    SINKS: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """Store the scores of both heads for a CTA's keys, of which ``keys`` are the first step, and the largest scores of each warp."""
+    STEP: gl.constexpr = tiles_of_step(TILES)
+    STRIDE: gl.constexpr = score_bytes(TILES)
+    queries, peaks = _load_queries(base), zeros() + float("-inf")
+    for first in range(0, own_tiles, STEP):
+        for i in gl.static_range(STEP // N_WARPS):
+            peaks = _score_tile(base, queries, keys[i], first + i * N_WARPS, scale, peaks, STRIDE)
+        if TILES > STEP:
+            keys = load_coded_keys(Codes_ptr, Scales_ptr, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+    _store_peaks(base, peaks)
+
+
+@gluon.jit
+def _load_queries(base):
+    """Load the rotated queries that the words of a tile meet: eight coordinates of a head."""
     _, g, t, which = places()
     address = base + Q_ROTATED + g % GROUP * ROW + t * 64 + which * 4
     queries = ()
@@ -55,7 +97,7 @@ def load_queries(base):
 
 
 @gluon.jit
-def score_codes(base, queries, keys, tile, scale, peaks, SCORES: gl.constexpr, STRIDE: gl.constexpr):
+def _score_tile(base, queries, keys, tile, scale, peaks, STRIDE: gl.constexpr):
     """Store the scores of both heads for a tile of each warp, and -inf for what does not count; return each lane's largest, of both heads."""
     words, scales, is_live = keys
     warp, g, _, head = places()
@@ -71,7 +113,7 @@ def score_codes(base, queries, keys, tile, scale, peaks, SCORES: gl.constexpr, S
     live_first, live_second = _each(is_live.to(gl.float32))
     first = gl.where(live_first != 0, first * unit_first, float("-inf"))
     second = gl.where(live_second != 0, second * unit_second, float("-inf"))
-    address = base + SCORES + head * STRIDE + ((tile + warp) * KEYS + g) * 4
+    address = base + SCORES_OF_CODES + head * STRIDE + ((tile + warp) * KEYS + g) * 4
     store_shared(address, first.to(gl.int32, bitcast=True), head * 0 + 1)
     store_shared(address + 32, second.to(gl.int32, bitcast=True), head * 0 + 1)
     return gl.maximum(peaks, gl.maximum(first, second))
@@ -87,13 +129,7 @@ def _each(pair):
 
 
 @gluon.jit
-def no_peaks():
-    """Return what :func:`score_codes` begins with."""
-    return zeros() + float("-inf")
-
-
-@gluon.jit
-def store_peaks(base, peaks):
+def _store_peaks(base, peaks):
     """Store the largest score of each warp and head."""
     peaks = gl.max(gl.reshape(peaks, [4, 8, 4, 2]), axis=1)
     layout: gl.constexpr = peaks.type.layout
@@ -113,10 +149,10 @@ def largest_of(base, head, kept_peak):
 
 
 @gluon.jit
-def origins_of(base, KEPT_SCORES: gl.constexpr, STRIDE: gl.constexpr):
+def origins_of(base, STRIDE: gl.constexpr):
     """Return for each lane the largest score of the head g % 2, or zero if none counts."""
     _, g, t, which = places()
-    address = base + KEPT_SCORES + g % GROUP * STRIDE + (4 * t + which) * 4
+    address = base + ALL_SCORES + g % GROUP * STRIDE + (4 * t + which) * 4
     kept = gl.maximum(load_shared_2(address).to(gl.float32, bitcast=True), load_shared_2(address + 8).to(gl.float32, bitcast=True))
-    peak = largest_of(base, g % GROUP, of_quad(kept, True))
+    peak = largest_of(base, g % GROUP, max_of_quad(kept))
     return gl.where(peak == float("-inf"), 0.0, peak)

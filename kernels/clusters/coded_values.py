@@ -8,16 +8,40 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.attend import send_columns
-from qtts_compile.kernels.clusters.codes import levels_of_codes, load_float, of_quad, places, zeros
+from qtts_compile.kernels.clusters.coded_keys import origins_of
+from qtts_compile.kernels.clusters.codes import levels_of_codes, load_float, places, sum_of_quad, zeros
 from qtts_compile.kernels.clusters.heads import roles_layout
 from qtts_compile.kernels.clusters.instructions import as_words, load_global_2, load_global_half, load_shared_2, store_shared
-from qtts_compile.kernels.clusters.memory import ARRIVED, CODE_ROW, COLUMNS, GROUP, HEAD, KEPT_COLUMNS, KEYS, N_WARPS, PADDED_HEAD, SUMS
+from qtts_compile.kernels.clusters.memory import (
+    ARRIVED,
+    CODE_ROW,
+    COLUMNS,
+    GROUP,
+    HEAD,
+    KEPT_COLUMNS,
+    KEYS,
+    N_WARPS,
+    PADDED_HEAD,
+    SCORES_OF_CODES,
+    SUMS,
+    score_bytes,
+    tiles_of_step,
+)
 from qtts_compile.kernels.clusters.rotation import unrotate
 from qtts_compile.kernels.clusters.words import add_product, low_float16, pack_pairs, transpose_pairs
 
 
 @gluon.jit
-def load_coded_values(Codes_ptr, Scales_ptr, tile, own_tiles, first_slot):
+def load_coded_values(Codes_ptr, Scales_ptr, first_tile, own_tiles, first_slot, STEP: gl.constexpr):
+    """Load as many of a CTA's tiles of values as one step takes, those that are there, from ``first_tile`` on."""
+    values = ()
+    for i in gl.static_range(0, STEP, N_WARPS):
+        values = values + (_load_tile(Codes_ptr, Scales_ptr, first_tile + i, own_tiles, first_slot),)
+    return values
+
+
+@gluon.jit
+def _load_tile(Codes_ptr, Scales_ptr, tile, own_tiles, first_slot):
     """Load a tile of each warp: the words 2 g and 2 g + 1 of the values 4 t to 4 t + 3, in pairs, and their scales."""
     warp, g, t, which = places()
     in_tiles = tile + warp < own_tiles
@@ -28,18 +52,32 @@ def load_coded_values(Codes_ptr, Scales_ptr, tile, own_tiles, first_slot):
 
 
 @gluon.jit
-def no_sums():
+def sum_codes(base, values, Codes_ptr, Scales_ptr, own_tiles, first_slot, TILES: gl.constexpr):
+    """Store each warp's sums of both heads of a CTA's values, of which ``values`` are the first step, and of their weights."""
+    STEP: gl.constexpr = tiles_of_step(TILES)
+    STRIDE: gl.constexpr = score_bytes(TILES)
+    origins, sums = origins_of(base, STRIDE), _no_sums()
+    for first in range(0, own_tiles, STEP):
+        for i in gl.static_range(STEP // N_WARPS):
+            sums = _add_tile(base, sums, values[i], first + i * N_WARPS, own_tiles, origins, STRIDE)
+        if TILES > STEP:
+            values = load_coded_values(Codes_ptr, Scales_ptr, first + STEP, own_tiles, first_slot, STEP)
+    _store_sums(base, sums)
+
+
+@gluon.jit
+def _no_sums():
     """Return zeros to begin with: sums of the first and of the second of each pair of columns of a lane's words, for both heads, and of weights."""
     zero = zeros()
     return (zero, zero, zero, zero, zero, zero, zero, zero), (zero, zero, zero, zero, zero, zero, zero, zero), zero
 
 
 @gluon.jit
-def add_values(base, sums, values, tile, own_tiles, origins, SCORES: gl.constexpr, STRIDE: gl.constexpr):
+def _add_tile(base, sums, values, tile, own_tiles, origins, STRIDE: gl.constexpr):
     """Add a tile of each warp to both heads' sums of rotated values, and to each lane's sum of its head's weights."""
     first, second, scales_first, scales_second = values
     warp, g, t, which = places()
-    address = base + SCORES + g % GROUP * STRIDE + ((tile + warp) * KEYS + 4 * t + which) * 4
+    address = base + SCORES_OF_CODES + g % GROUP * STRIDE + ((tile + warp) * KEYS + 4 * t + which) * 4
     in_tiles = tile + warp < own_tiles
     weights_first = _weights(load_shared_2(address), origins, in_tiles)
     weights_second = _weights(load_shared_2(address + 8), origins, in_tiles)
@@ -66,10 +104,10 @@ def _scaled(weights, scales):
 
 
 @gluon.jit
-def store_sums(base, sums):
+def _store_sums(base, sums):
     """Store each warp's sums of both heads."""
     warp, g, _, head = places()
-    total = of_quad(sums[2], False)
+    total = sum_of_quad(sums[2])
     store_shared(base + SUMS + warp * 8 + g % GROUP * 4, total.to(gl.int32, bitcast=True), head * 0 + 1)
     address = base + COLUMNS + (warp * GROUP + head) * PADDED_HEAD + _offset_of(16 * g)
     for i in gl.static_range(8):

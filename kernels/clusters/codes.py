@@ -53,31 +53,34 @@ def levels_of_codes(codes):
 
 
 @gluon.jit
-def of_quad(pairs, IS_MAX: gl.constexpr):
-    """Return the maximum or the sum of the pairs of four lanes, to each of them."""
-    if IS_MAX:
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .f32 x, y;
-            max.f32 x, $2, $3;
-            shfl.sync.bfly.b32 y, x, 1, 31, -1;
-            max.f32 x, x, y;
-            shfl.sync.bfly.b32 y, x, 2, 31, -1;
-            max.f32 $0, x, y;
-            mov.b32 $1, $0;
-            }""",
-            "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .f32 x, y;
-            add.f32 x, $2, $3;
-            shfl.sync.bfly.b32 y, x, 1, 31, -1;
-            add.f32 x, x, y;
-            shfl.sync.bfly.b32 y, x, 2, 31, -1;
-            add.f32 $0, x, y;
-            mov.b32 $1, $0;
-            }""",
-            "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
+def max_of_quad(pairs):
+    """Return the maximum of the pairs of four lanes, to each of them."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 x, y;
+        max.f32 x, $2, $3;
+        shfl.sync.bfly.b32 y, x, 1, 31, -1;
+        max.f32 x, x, y;
+        shfl.sync.bfly.b32 y, x, 2, 31, -1;
+        max.f32 $0, x, y;
+        mov.b32 $1, $0;
+        }""",
+        "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def sum_of_quad(pairs):
+    """Return the sum of the pairs of four lanes, to each of them."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .f32 x, y;
+        add.f32 x, $2, $3;
+        shfl.sync.bfly.b32 y, x, 1, 31, -1;
+        add.f32 x, x, y;
+        shfl.sync.bfly.b32 y, x, 2, 31, -1;
+        add.f32 $0, x, y;
+        mov.b32 $1, $0;
+        }""",
+        "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
+    )  # fmt: skip

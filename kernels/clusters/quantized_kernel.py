@@ -22,17 +22,8 @@ from qtts_compile.kernels.clusters.attend import (
     sum_values,
     values_layout_of,
 )
-from qtts_compile.kernels.clusters.coded_keys import (
-    largest_of,
-    load_coded_keys,
-    load_queries,
-    no_peaks,
-    origins_of,
-    score_codes,
-    store_peaks,
-    store_rotated,
-)
-from qtts_compile.kernels.clusters.coded_values import add_values, load_coded_values, no_sums, send_all_columns, store_kept, store_sums, sum_of
+from qtts_compile.kernels.clusters.coded_keys import largest_of, load_coded_keys, score_codes, store_rotated
+from qtts_compile.kernels.clusters.coded_values import load_coded_values, send_all_columns, store_kept, sum_codes, sum_of
 from qtts_compile.kernels.clusters.encode import write_codes
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
@@ -63,7 +54,6 @@ from qtts_compile.kernels.clusters.memory import (
     K_TILE,
     KEYS,
     N_CTAS,
-    N_WARPS,
     PARTIALS,
     ROW,
     STATS,
@@ -91,7 +81,6 @@ def norm_qkv_quantized_attention_kernel(
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     HAS_MASK: gl.constexpr = Mask_ptr is not None
     X: gl.constexpr = end_of_scores(TILES)
-    SCORES: gl.constexpr = ALL_SCORES + 4 * KEYS
     STEP: gl.constexpr = tiles_of_step(TILES)
     STRIDE: gl.constexpr = score_bytes(TILES)  # of a head
     prepare_barriers(base + ARRIVED)
@@ -146,10 +135,8 @@ def norm_qkv_quantized_attention_kernel(
     most_tiles = (n_tiles + N_CTAS - 1) // N_CTAS
     first_slot = rank * most_tiles * KEYS
     own_tiles = gl.minimum(gl.maximum(n_tiles - rank * most_tiles, 0), most_tiles)
-    keys, values = (), ()
-    for tile in gl.static_range(0, STEP, N_WARPS):
-        keys = keys + (load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS, WINDOW),)
-        values = values + (load_coded_values(V_codes_ptr, V_scales_ptr, tile, own_tiles, first_slot),)
+    keys = load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+    values = load_coded_values(V_codes_ptr, V_scales_ptr, 0, own_tiles, first_slot, STEP)
 
     wait_for_bytes(base + ARRIVED)
     a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
@@ -171,17 +158,7 @@ def norm_qkv_quantized_attention_kernel(
     else:
         store_no_scores(base + ALL_SCORES, STRIDE)
     if own_tiles > 0:
-        queries, peaks = load_queries(base), no_peaks()
-        for first in range(0, own_tiles, STEP):
-            for i in gl.static_range(STEP // N_WARPS):
-                peaks = score_codes(base, queries, keys[i], first + i * N_WARPS, scale, peaks, SCORES, STRIDE)
-            if TILES > STEP:
-                keys = ()
-                for tile in gl.static_range(STEP, 2 * STEP, N_WARPS):
-                    keys = keys + (
-                        load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, first + tile, own_tiles, first_slot, row, start, SINKS, WINDOW),
-                    )
-        store_peaks(base, peaks)
+        score_codes(base, keys, K_codes_ptr, K_scales_ptr, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
     v = load_values(base, head, key_or_tile, value_words)
     wait_for_cta()
     scores = load_shared(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :]).to(gl.float32, bitcast=True)
@@ -192,16 +169,7 @@ def norm_qkv_quantized_attention_kernel(
     row_sum = gl.sum(weights, axis=1)
     partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
     if own_tiles > 0:
-        origins = origins_of(base, ALL_SCORES, STRIDE)
-        sums = no_sums()
-        for first in range(0, own_tiles, STEP):
-            for i in gl.static_range(STEP // N_WARPS):
-                sums = add_values(base, sums, values[i], first + i * N_WARPS, own_tiles, origins, SCORES, STRIDE)
-            if TILES > STEP:
-                values = ()
-                for tile in gl.static_range(STEP, 2 * STEP, N_WARPS):
-                    values = values + (load_coded_values(V_codes_ptr, V_scales_ptr, first + tile, own_tiles, first_slot),)
-        store_sums(base, sums)
+        sum_codes(base, values, V_codes_ptr, V_scales_ptr, own_tiles, first_slot, TILES)
         store_kept(base, even, odd, head_of_columns, value_words)
         wait_for_cta()
         send_all_columns(base, partials)

@@ -106,6 +106,11 @@ def test_any_place_in_a_cache_that_clusters_serve(device, place, sinks, window, 
     check(served_arguments(seed, slots, position, device, sinks=sinks, window=window, start=start, mask_kind=mask_kind))
 
 
+@pytest.mark.parametrize("mask_kind", ["causal_with_gaps", "bool"])
+def test_more_tiles_than_are_requested_at_once(device, mask_kind):
+    check(served_arguments(0, 4096, 3000, device, sinks=4, window=64, start=7, mask_kind=mask_kind))
+
+
 def test_without_a_mask_all_slots_count(device):
     check(served_arguments(0, 96, 95, device, mask_kind="none"))
 
