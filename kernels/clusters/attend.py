@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.instructions import (
+    as_words,
     load_shared,
     load_shared_2,
     load_shared_4,
@@ -32,7 +33,7 @@ from qtts_compile.kernels.clusters.memory import (
     V_TILE,
     linear_layout,
 )
-from qtts_compile.kernels.clusters.words import high, low
+from qtts_compile.kernels.clusters.words import high, low, pack
 
 
 @gluon.constexpr_function
@@ -42,10 +43,21 @@ def keys_layout():
 
 
 @gluon.constexpr_function
-def values_layout_of():
+def _values_layout():
     """Heads, keys or tiles, and words [2, 16, 64]: a warp has one head and half the words."""
     registers, warps = [[0, 0, 1], [0, 4, 0], [0, 8, 0], [0, 0, 16]], [[1, 0, 0], [0, 0, 32]]
     return linear_layout(registers, [[0, 0, 2], [0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0]], warps, [2, 16, 64])
+
+
+@gluon.jit
+def places_of_pairs():
+    """Return head, and key or tile, of pairs that share a thread's values, and head and word of their columns."""
+    layout: gl.constexpr = _values_layout()
+    pairs: gl.constexpr = gl.SliceLayout(2, layout)
+    columns: gl.constexpr = gl.SliceLayout(1, layout)
+    head, key_or_tile = gl.arange(0, GROUP, layout=gl.SliceLayout(1, pairs)), gl.arange(0, KEYS, layout=gl.SliceLayout(0, pairs))
+    head_of_columns, word = gl.arange(0, GROUP, layout=gl.SliceLayout(1, columns)), gl.arange(0, HEAD // 2, layout=gl.SliceLayout(0, columns))
+    return head, key_or_tile, head_of_columns[:, None] + 0 * word[None, :], 0 * head_of_columns[:, None] + word[None, :]
 
 
 @gluon.jit
@@ -192,3 +204,11 @@ def join(base, head, tile, value_words, N_TILES: gl.constexpr):
     shares = gl.expand_dims(weights, 2)
     even = gl.sum(gl.where(is_counted, even * shares, 0.0), axis=1)
     return row_sum, even, gl.sum(gl.where(is_counted, odd * shares, 0.0), axis=1)
+
+
+@gluon.jit
+def store_result(Out_ptr, k_head, row_sum, even, odd):
+    """Store both heads' columns, divided by the sums of their weights; zeros where nothing counts."""
+    _, _, head, word = places_of_pairs()
+    divisor = gl.convert_layout(gl.where(row_sum == 0, 1.0, row_sum), gl.SliceLayout(1, even.type.layout), assert_trivial=True)[:, None]
+    gl.store(as_words(Out_ptr) + k_head * HEAD + head * (HEAD // 2) + word, pack(even / divisor, odd / divisor))

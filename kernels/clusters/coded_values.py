@@ -131,9 +131,9 @@ def _offset_of(column):
 
 
 @gluon.jit
-def store_kept(base, even, odd, head, value_words):
+def store_kept(base, even, odd, head, word):
     """Store both heads' sums of kept values."""
-    address = base + KEPT_COLUMNS + (head * 4 * HEAD)[:, None] + value_words * 8
+    address = base + KEPT_COLUMNS + head * (4 * HEAD) + word * 8
     store_shared(address, even.to(gl.int32, bitcast=True), address * 0 + 1)
     store_shared(address + 4, odd.to(gl.int32, bitcast=True), address * 0 + 1)
 

@@ -12,7 +12,7 @@ there when it has arrived; all else that is read was requested before. Only the 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.attend import attend, join, send_partial, send_stats, values_layout_of
+from qtts_compile.kernels.clusters.attend import attend, join, places_of_pairs, send_partial, send_stats, store_result
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
@@ -45,7 +45,6 @@ from qtts_compile.kernels.clusters.memory import (
     V_TILE,
 )
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
-from qtts_compile.kernels.clusters.words import pack
 
 
 @gluon.jit
@@ -99,24 +98,15 @@ def norm_qkv_attention_kernel(
         a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
         place_heads(base, a, b, k_head_ptr, v_head_ptr, position, rank)
         wait_for_cta()
-        values_layout: gl.constexpr = values_layout_of()
-        pairs_layout: gl.constexpr = gl.SliceLayout(2, values_layout)
-        columns_layout: gl.constexpr = gl.SliceLayout(1, values_layout)
-        head = gl.arange(0, GROUP, layout=gl.SliceLayout(1, pairs_layout))
-        key_or_tile = gl.arange(0, KEYS, layout=gl.SliceLayout(0, pairs_layout))
-        head_of_columns = gl.arange(0, GROUP, layout=gl.SliceLayout(1, columns_layout))
-        word = gl.arange(0, HEAD // 2, layout=gl.SliceLayout(0, columns_layout))
-        value_words = (head_of_columns * 0)[:, None] + word[None, :]
-        row_max, row_sum, even, odd = attend(base, scale, head, key_or_tile, value_words, Mask_ptr is not None)
+        head, key_or_tile, head_of_columns, word = places_of_pairs()
+        row_max, row_sum, even, odd = attend(base, scale, head, key_or_tile, word, Mask_ptr is not None)
         if N_TILES > 1:
-            partials = base + PARTIALS + rank * (4 * GROUP * HEAD) + (head_of_columns * 4 * HEAD)[:, None] + (word * 8)[None, :]
+            partials = base + PARTIALS + rank * (4 * GROUP * HEAD) + head_of_columns * (4 * HEAD) + word * 8
             send_partial(even, odd, partials, base + ARRIVED + 8)
             send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
         if rank == 0:
             if N_TILES > 1:
-                row_sum, even, odd = join(base, head, key_or_tile, value_words, N_TILES)
-            divisor = gl.convert_layout(gl.where(row_sum == 0, 1.0, row_sum), gl.SliceLayout(1, columns_layout), assert_trivial=True)[:, None]
-            out_ptrs = as_words(Out_ptr) + k_head * HEAD + (head_of_columns * (HEAD // 2))[:, None] + word[None, :]
-            gl.store(out_ptrs, pack(even / divisor, odd / divisor))
+                row_sum, even, odd = join(base, head, key_or_tile, word, N_TILES)
+            store_result(Out_ptr, k_head, row_sum, even, odd)
             gl.device_assert((position >= 0) & (position < N_TILES * KEYS), "kv_write: position is out of range")
     memory._keep_alive()

@@ -15,12 +15,13 @@ from qtts_compile.kernels.clusters.attend import (
     join,
     load_keys,
     load_values,
+    places_of_pairs,
     send_partial,
     send_stats,
     store_no_scores,
+    store_result,
     store_scores,
     sum_values,
-    values_layout_of,
 )
 from qtts_compile.kernels.clusters.coded_keys import largest_of, load_coded_keys, score_codes, store_rotated
 from qtts_compile.kernels.clusters.coded_values import load_coded_values, send_all_columns, store_kept, sum_codes, sum_of
@@ -64,7 +65,6 @@ from qtts_compile.kernels.clusters.memory import (
     tiles_of_step,
 )
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
-from qtts_compile.kernels.clusters.words import pack
 
 
 @gluon.jit
@@ -145,21 +145,14 @@ def norm_qkv_quantized_attention_kernel(
         store_rotated(base, a, b)
     wait_for_cta()
 
-    values_layout: gl.constexpr = values_layout_of()
-    pairs_layout: gl.constexpr = gl.SliceLayout(2, values_layout)
-    columns_layout: gl.constexpr = gl.SliceLayout(1, values_layout)
-    head = gl.arange(0, GROUP, layout=gl.SliceLayout(1, pairs_layout))
-    key_or_tile = gl.arange(0, KEYS, layout=gl.SliceLayout(0, pairs_layout))
-    head_of_columns = gl.arange(0, GROUP, layout=gl.SliceLayout(1, columns_layout))
-    word = gl.arange(0, HEAD // 2, layout=gl.SliceLayout(0, columns_layout))
-    value_words = (head_of_columns * 0)[:, None] + word[None, :]
+    head, key_or_tile, head_of_columns, word = places_of_pairs()
     if own_kept > 0:
         store_scores(base + ALL_SCORES, STRIDE, load_keys(base), is_kept_live, scale)
     else:
         store_no_scores(base + ALL_SCORES, STRIDE)
     if own_tiles > 0:
         score_codes(base, keys, K_codes_ptr, K_scales_ptr, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
-    v = load_values(base, head, key_or_tile, value_words)
+    v = load_values(base, head, key_or_tile, word)
     wait_for_cta()
     scores = load_shared(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :]).to(gl.float32, bitcast=True)
     row_max = gl.max(scores, axis=1)
@@ -170,18 +163,16 @@ def norm_qkv_quantized_attention_kernel(
     partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
     if own_tiles > 0:
         sum_codes(base, values, V_codes_ptr, V_scales_ptr, own_tiles, first_slot, TILES)
-        store_kept(base, even, odd, head_of_columns, value_words)
+        store_kept(base, even, odd, head_of_columns, word)
         wait_for_cta()
         send_all_columns(base, partials)
         row_sum += sum_of(base, head)
     else:
-        send_partial(even, odd, partials + (head_of_columns * 4 * HEAD)[:, None] + (word * 8)[None, :], base + ARRIVED + 8)
+        send_partial(even, odd, partials + head_of_columns * (4 * HEAD) + word * 8, base + ARRIVED + 8)
     send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
     if rank == 0:
-        row_sum, even, odd = join(base, head, key_or_tile, value_words, N_CTAS)
-        divisor = gl.convert_layout(gl.where(row_sum == 0, 1.0, row_sum), gl.SliceLayout(1, columns_layout), assert_trivial=True)[:, None]
-        out_ptrs = as_words(Out_ptr) + k_head * HEAD + (head_of_columns * (HEAD // 2))[:, None] + word[None, :]
-        gl.store(out_ptrs, pack(even / divisor, odd / divisor))
+        row_sum, even, odd = join(base, head, key_or_tile, word, N_CTAS)
+        store_result(Out_ptr, k_head, row_sum, even, odd)
         gl.device_assert(in_cache, "kv_write: position is out of range")
     if rank == N_CTAS - 1:
         is_sink = in_cache & (row >= start) & (row < start + SINKS)
