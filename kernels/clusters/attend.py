@@ -9,11 +9,11 @@ from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.instructions import (
     as_words,
-    load_shared,
+    load_floats,
     load_shared_2,
     load_shared_4,
     load_shared_byte,
-    store_shared,
+    store_floats,
     wait_for_bytes,
     wait_for_cta,
 )
@@ -84,8 +84,8 @@ def store_scores(address, STRIDE: gl.constexpr, keys, is_live, scale):
     key = gl.arange(0, KEYS, layout=is_live.type.layout)
     scores_0 = gl.sum(low(k) * low(q_0)[None, :] + high(k) * high(q_0)[None, :], axis=1) * (scale * LOG2_E)
     scores_1 = gl.sum(low(k) * low(q_1)[None, :] + high(k) * high(q_1)[None, :], axis=1) * (scale * LOG2_E)
-    store_shared(address + key * 4, gl.where(is_live, scores_0, float("-inf")).to(gl.int32, bitcast=True), key * 0 + 1)
-    store_shared(address + STRIDE + key * 4, gl.where(is_live, scores_1, float("-inf")).to(gl.int32, bitcast=True), key * 0 + 1)
+    store_floats(address + key * 4, gl.where(is_live, scores_0, float("-inf")))
+    store_floats(address + STRIDE + key * 4, gl.where(is_live, scores_1, float("-inf")))
 
 
 @gluon.jit
@@ -93,15 +93,21 @@ def store_no_scores(address, STRIDE: gl.constexpr):
     """Store scores of keys that are not there, as :func:`store_scores` does."""
     layout: gl.constexpr = keys_layout()
     key = gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
-    nothing = (key * 0.0 - float("inf")).to(gl.int32, bitcast=True)
-    store_shared(address + key * 4, nothing, key * 0 + 1)
-    store_shared(address + STRIDE + key * 4, nothing, key * 0 + 1)
+    nothing = key * 0.0 - float("inf")
+    store_floats(address + key * 4, nothing)
+    store_floats(address + STRIDE + key * 4, nothing)
 
 
 @gluon.jit
-def sum_values(scores, origin, v):
+def origin_of(peak):
+    """Return what scores are counted from before they become weights: the largest, or zero if none counts."""
+    return gl.where(peak == float("-inf"), 0.0, peak)
+
+
+@gluon.jit
+def sum_values(scores, row_max, v):
     """Return the weights of keys, and both heads' sums of the even and the odd columns of values."""
-    weights = gl.exp2(scores - origin[:, None])
+    weights = gl.exp2(scores - origin_of(row_max)[:, None])
     is_attended, v = gl.broadcast(gl.expand_dims(scores != float("-inf"), 2), v)
     v = gl.where(is_attended, v, 0)
     shares = gl.expand_dims(weights, 2)
@@ -120,9 +126,9 @@ def attend(base, scale, head, key, value_words, HAS_MASK: gl.constexpr):
         is_live = load_shared_byte(base + MASK + scored) != 0
     store_scores(base + SCORES, 4 * KEYS, keys, is_live, scale)
     wait_for_cta()
-    scores = load_shared(base + SCORES + (head * 4 * KEYS)[:, None] + (key * 4)[None, :]).to(gl.float32, bitcast=True)
+    scores = load_floats(base + SCORES + (head * 4 * KEYS)[:, None] + (key * 4)[None, :])
     row_max = gl.max(scores, axis=1)
-    weights, even, odd = sum_values(scores, gl.where(row_max == float("-inf"), 0.0, row_max), v)
+    weights, even, odd = sum_values(scores, row_max, v)
     return row_max, gl.sum(weights, axis=1), even, odd
 
 
@@ -143,40 +149,34 @@ def send_partial(even, odd, addresses, barrier):
     )  # fmt: skip
 
 
-@gluon.jit
-def send_columns(first, second, addresses, barrier):
-    """Send two columns that follow each other to the first CTA: the first two warps do, as the others repeat them."""
-    gl.inline_asm_elementwise(
-        """{
+def _send_pair(is_sent: str) -> str:
+    """Return PTX by which lanes of the first two warps send two float32 to the first CTA; ``is_sent`` narrows p down to them, t is the thread."""
+    return f"""{{
         .reg .pred p; .reg .u32 t, to, bar;
         mov.u32 t, %tid.x;
         setp.lt.u32 p, t, 64;
+        {is_sent}
         mapa.shared::cluster.u32 to, $3, 0;
         mapa.shared::cluster.u32 bar, $4, 0;
-        @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {$1, $2}, [bar];
+        @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {{$1, $2}}, [bar];
         mov.u32 $0, 0;
-        }""",
-        "=r,f,f,r,r", [first, second, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+        }}"""
+
+
+FROM_EACH_LANE = gl.constexpr(_send_pair(""))
+FROM_FIRST_LANES = gl.constexpr(_send_pair("and.b32 t, t, 31; setp.eq.and.u32 p, t, 0, p;"))
+
+
+@gluon.jit
+def send_columns(first, second, addresses, barrier):
+    """Send two columns that follow each other to the first CTA: the first two warps do, as the others repeat them."""
+    gl.inline_asm_elementwise(FROM_EACH_LANE, "=r,f,f,r,r", [first, second, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def send_stats(row_max, row_sum, addresses, barrier):
     """Send maximum and sum to the first CTA: the first two warps have a head each, and lane 0 sends."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p; .reg .u32 t, to, bar;
-        mov.u32 t, %tid.x;
-        setp.lt.u32 p, t, 64;
-        and.b32 t, t, 31;
-        setp.eq.and.u32 p, t, 0, p;
-        mapa.shared::cluster.u32 to, $3, 0;
-        mapa.shared::cluster.u32 bar, $4, 0;
-        @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {$1, $2}, [bar];
-        mov.u32 $0, 0;
-        }""",
-        "=r,f,f,r,r", [row_max, row_sum, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    gl.inline_asm_elementwise(FROM_FIRST_LANES, "=r,f,f,r,r", [row_max, row_sum, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -192,13 +192,12 @@ def join(base, head, tile, value_words, N_TILES: gl.constexpr):
     """Return the sums and columns of both heads over all tiles, once what the CTAs send has arrived."""
     wait_for_bytes(base + ARRIVED + 8)
     stats_address = base + STATS + (head * 128)[:, None] + (tile * 8)[None, :]
-    tile_max, tile_sum = load_shared(stats_address).to(gl.float32, bitcast=True), load_shared(stats_address + 4).to(gl.float32, bitcast=True)
+    tile_max, tile_sum = load_floats(stats_address), load_floats(stats_address + 4)
     address = gl.expand_dims((head * 4 * HEAD)[:, None] + (tile * 4 * GROUP * HEAD)[None, :], 2) + gl.expand_dims(value_words, 1) * 8
     even, odd = _load_partial(base + PARTIALS + address)
     tile_max = gl.where((head * 0)[:, None] + tile[None, :] < N_TILES, tile_max, float("-inf"))
     row_max = gl.max(tile_max, axis=1)
-    origin = gl.where(row_max == float("-inf"), 0.0, row_max)
-    weights = gl.exp2(tile_max - origin[:, None])
+    weights = gl.exp2(tile_max - origin_of(row_max)[:, None])
     row_sum = gl.sum(gl.where(weights != 0, tile_sum * weights, 0.0), axis=1)
     is_counted, even = gl.broadcast(gl.expand_dims(weights != 0, 2), even)
     shares = gl.expand_dims(weights, 2)

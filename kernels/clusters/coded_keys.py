@@ -7,8 +7,18 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.codes import levels_of_codes, load_float, max_of_quad, places, zeros
-from qtts_compile.kernels.clusters.instructions import as_words, load_global_4, load_global_byte, load_global_half, load_shared_2, store_shared
+from qtts_compile.kernels.clusters.attend import origin_of
+from qtts_compile.kernels.clusters.codes import levels_of_codes, max_of_quad, places, zeros
+from qtts_compile.kernels.clusters.instructions import (
+    as_words,
+    load_floats,
+    load_global_4,
+    load_global_byte,
+    load_global_half,
+    load_shared_2,
+    store_floats,
+    store_shared,
+)
 from qtts_compile.kernels.clusters.memory import (
     ALL_SCORES,
     CODE_ROW,
@@ -114,8 +124,8 @@ def _score_tile(base, queries, keys, tile, scale, peaks, STRIDE: gl.constexpr):
     first = gl.where(live_first != 0, first * unit_first, float("-inf"))
     second = gl.where(live_second != 0, second * unit_second, float("-inf"))
     address = base + SCORES_OF_CODES + head * STRIDE + ((tile + warp) * KEYS + g) * 4
-    store_shared(address, first.to(gl.int32, bitcast=True), head * 0 + 1)
-    store_shared(address + 32, second.to(gl.int32, bitcast=True), head * 0 + 1)
+    store_floats(address, first)
+    store_floats(address + 32, second)
     return gl.maximum(peaks, gl.maximum(first, second))
 
 
@@ -136,7 +146,7 @@ def _store_peaks(base, peaks):
     warp = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
     head = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
     address = gl.broadcast(base + PEAKS + warp * 8 + head * 4, peaks)[0]
-    store_shared(address, peaks.to(gl.int32, bitcast=True), address * 0 + 1)
+    store_floats(address, peaks)
 
 
 @gluon.jit
@@ -144,7 +154,7 @@ def largest_of(base, head, kept_peak):
     """Return the largest score of a head: of its kept tokens or of any warp's codes."""
     peak = kept_peak
     for warp in gl.static_range(N_WARPS):
-        peak = gl.maximum(peak, load_float(base + PEAKS + warp * 8 + head * 4))
+        peak = gl.maximum(peak, load_floats(base + PEAKS + warp * 8 + head * 4))
     return peak
 
 
@@ -154,5 +164,4 @@ def origins_of(base, STRIDE: gl.constexpr):
     _, g, t, which = places()
     address = base + ALL_SCORES + g % GROUP * STRIDE + (4 * t + which) * 4
     kept = gl.maximum(load_shared_2(address).to(gl.float32, bitcast=True), load_shared_2(address + 8).to(gl.float32, bitcast=True))
-    peak = largest_of(base, g % GROUP, max_of_quad(kept))
-    return gl.where(peak == float("-inf"), 0.0, peak)
+    return origin_of(largest_of(base, g % GROUP, max_of_quad(kept)))

@@ -9,9 +9,9 @@ from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.attend import send_columns
 from qtts_compile.kernels.clusters.coded_keys import origins_of
-from qtts_compile.kernels.clusters.codes import levels_of_codes, load_float, places, sum_of_quad, zeros
+from qtts_compile.kernels.clusters.codes import levels_of_codes, places, sum_of_quad, zeros
 from qtts_compile.kernels.clusters.heads import roles_layout
-from qtts_compile.kernels.clusters.instructions import as_words, load_global_2, load_global_half, load_shared_2, store_shared
+from qtts_compile.kernels.clusters.instructions import as_words, load_floats, load_global_2, load_global_half, load_shared_2, store_floats
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
     CODE_ROW,
@@ -108,19 +108,19 @@ def _store_sums(base, sums):
     """Store each warp's sums of both heads."""
     warp, g, _, head = places()
     total = sum_of_quad(sums[2])
-    store_shared(base + SUMS + warp * 8 + g % GROUP * 4, total.to(gl.int32, bitcast=True), head * 0 + 1)
+    store_floats(base + SUMS + warp * 8 + g % GROUP * 4, total)
     address = base + COLUMNS + (warp * GROUP + head) * PADDED_HEAD + _offset_of(16 * g)
     for i in gl.static_range(8):
-        store_shared(address + 8 * i, sums[0][i].to(gl.int32, bitcast=True), address * 0 + 1)
-        store_shared(address + 8 * i + 4, sums[1][i].to(gl.int32, bitcast=True), address * 0 + 1)
+        store_floats(address + 8 * i, sums[0][i])
+        store_floats(address + 8 * i + 4, sums[1][i])
 
 
 @gluon.jit
 def sum_of(base, head):
     """Return the sum of the weights of a head's codes."""
-    total = load_float(base + SUMS + head * 4)
+    total = load_floats(base + SUMS + head * 4)
     for warp in gl.static_range(1, N_WARPS):
-        total += load_float(base + SUMS + warp * 8 + head * 4)
+        total += load_floats(base + SUMS + warp * 8 + head * 4)
     return total
 
 
@@ -134,8 +134,8 @@ def _offset_of(column):
 def store_kept(base, even, odd, head, word):
     """Store both heads' sums of kept values."""
     address = base + KEPT_COLUMNS + head * (4 * HEAD) + word * 8
-    store_shared(address, even.to(gl.int32, bitcast=True), address * 0 + 1)
-    store_shared(address + 4, odd.to(gl.int32, bitcast=True), address * 0 + 1)
+    store_floats(address, even)
+    store_floats(address + 4, odd)
 
 
 @gluon.jit
@@ -146,17 +146,17 @@ def send_all_columns(base, partials):
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
     address = base + COLUMNS + (head * PADDED_HEAD)[:, None] + _offset_of(2 * lane)[None, :]
     second_half = PADDED_HEAD // 2
-    a0, a1 = load_float(address), load_float(address + 4)
-    b0, b1 = load_float(address + second_half), load_float(address + second_half + 4)
+    a0, a1 = load_floats(address), load_floats(address + 4)
+    b0, b1 = load_floats(address + second_half), load_floats(address + second_half + 4)
     kept_address = base + KEPT_COLUMNS + (head * 4 * HEAD)[:, None] + (lane * 8)[None, :]
-    kept_a0, kept_a1 = load_float(kept_address), load_float(kept_address + 4)
-    kept_b0, kept_b1 = load_float(kept_address + 2 * HEAD), load_float(kept_address + 2 * HEAD + 4)
+    kept_a0, kept_a1 = load_floats(kept_address), load_floats(kept_address + 4)
+    kept_b0, kept_b1 = load_floats(kept_address + 2 * HEAD), load_floats(kept_address + 2 * HEAD + 4)
     for warp in gl.static_range(1, N_WARPS):
         own = address + warp * GROUP * PADDED_HEAD
-        a0 += load_float(own)
-        a1 += load_float(own + 4)
-        b0 += load_float(own + second_half)
-        b1 += load_float(own + second_half + 4)
+        a0 += load_floats(own)
+        a1 += load_floats(own + 4)
+        b0 += load_floats(own + second_half)
+        b1 += load_floats(own + second_half + 4)
     a0, a1, b0, b1 = unrotate(a0, a1, b0, b1)
     factor: gl.constexpr = HEAD.value**-0.5
     partials = partials + (head * 4 * HEAD)[:, None] + (lane * 8)[None, :]

@@ -10,9 +10,24 @@ In the matrices of ``mma.m16n8k16`` a lane has the group g = lane / 4 and the pl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import load_shared
 from qtts_compile.kernels.clusters.memory import linear_layout
 from qtts_compile.kernels.turboquant.levels import TO_BFLOAT16_4
+
+
+def _over_quad(op: str) -> str:
+    """Return PTX that joins the pairs of four lanes by an instruction, and gives each lane the result twice."""
+    return f"""{{
+        .reg .f32 x, y;
+        {op}.f32 x, $2, $3;
+        shfl.sync.bfly.b32 y, x, 1, 31, -1;
+        {op}.f32 x, x, y;
+        shfl.sync.bfly.b32 y, x, 2, 31, -1;
+        {op}.f32 $0, x, y;
+        mov.b32 $1, $0;
+        }}"""
+
+
+MAX_OF_QUAD, SUM_OF_QUAD = gl.constexpr(_over_quad("max")), gl.constexpr(_over_quad("add"))
 
 
 @gluon.constexpr_function
@@ -40,11 +55,6 @@ def zeros():
 
 
 @gluon.jit
-def load_float(address):
-    return load_shared(address).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
 def levels_of_codes(codes):
     """Return the levels of words of eight codes, as four words of two bfloat16."""
     return gl.inline_asm_elementwise(
@@ -55,32 +65,10 @@ def levels_of_codes(codes):
 @gluon.jit
 def max_of_quad(pairs):
     """Return the maximum of the pairs of four lanes, to each of them."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 x, y;
-        max.f32 x, $2, $3;
-        shfl.sync.bfly.b32 y, x, 1, 31, -1;
-        max.f32 x, x, y;
-        shfl.sync.bfly.b32 y, x, 2, 31, -1;
-        max.f32 $0, x, y;
-        mov.b32 $1, $0;
-        }""",
-        "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(MAX_OF_QUAD, "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2)
 
 
 @gluon.jit
 def sum_of_quad(pairs):
     """Return the sum of the pairs of four lanes, to each of them."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .f32 x, y;
-        add.f32 x, $2, $3;
-        shfl.sync.bfly.b32 y, x, 1, 31, -1;
-        add.f32 x, x, y;
-        shfl.sync.bfly.b32 y, x, 2, 31, -1;
-        add.f32 $0, x, y;
-        mov.b32 $1, $0;
-        }""",
-        "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2,
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(SUM_OF_QUAD, "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2)

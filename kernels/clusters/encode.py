@@ -13,14 +13,9 @@ from qtts_compile.kernels.clusters.rotation import rotate
 from qtts_compile.kernels.clusters.words import high, low
 from qtts_compile.kernels.turboquant import encode
 
+_finite_magnitude, _scale_of = gluon.jit(encode.finite_magnitude.fn), gluon.jit(encode.scale_of.fn)
 _nearest, _is_storable = gluon.jit(encode.nearest.fn), gluon.jit(encode.is_storable.fn)
 MIN_PEAK = encode.MIN_PEAK
-
-
-@gluon.jit
-def _finite_or_inf(x):
-    magnitude = gl.abs(x)
-    return gl.where(magnitude < float("inf"), magnitude, float("inf"))
 
 
 @gluon.jit
@@ -31,7 +26,7 @@ def write_codes(a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is_writt
     rotated = rotate(x[0], x[1], x[2], x[3])
     role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
-    peaks = gl.maximum(gl.maximum(_finite_or_inf(x[0]), _finite_or_inf(x[1])), gl.maximum(_finite_or_inf(x[2]), _finite_or_inf(x[3])))
+    peaks = gl.maximum(gl.maximum(_finite_magnitude(x[0]), _finite_magnitude(x[1])), gl.maximum(_finite_magnitude(x[2]), _finite_magnitude(x[3])))
     peak = gl.maximum(gl.max(peaks, axis=1), MIN_PEAK)
     inverse = (1.0 / peak)[:, None]
     squares = gl.zeros_like(x[0])
@@ -48,9 +43,8 @@ def write_codes(a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is_writt
         products += z * level
         level_squares += level * level
     product = gl.sum(products, axis=1)
-    ratio = gl.where(role == 2, HEAD / gl.where(norm == 0, 1.0, product), product / gl.sum(level_squares, axis=1))
     root: gl.constexpr = HEAD.value**0.5
-    scale = norm * ratio / root * peak
+    scale = _scale_of(norm, product, gl.sum(level_squares, axis=1), role == 2, HEAD) / root * peak
     Code_ptr, Scale_ptr = gl.where(role == 2, K_code_ptr, V_code_ptr), gl.where(role == 2, K_scale_ptr, V_scale_ptr)
     is_written = is_written & (role >= 2)
     code_ptrs = Code_ptr[:, None] + lane[None, :]

@@ -197,6 +197,18 @@ def store_shared(addresses, words, is_stored):
 
 
 @gluon.jit
+def load_floats(addresses):
+    """Load a float32 at each address."""
+    return load_shared(addresses).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def store_floats(addresses, values):
+    """Store a float32 at each address."""
+    store_shared(addresses, values.to(gl.int32, bitcast=True), addresses * 0 + 1)
+
+
+@gluon.jit
 def store_shared_2(addresses, values):
     """Store float32 at addresses of which each thread has pairs that follow each other."""
     gl.inline_asm_elementwise(

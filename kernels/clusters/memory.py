@@ -41,7 +41,7 @@ Q_ROTATED = gl.constexpr(28928)  # [2, 128] bfloat16
 KEPT_COLUMNS = gl.constexpr(29440)  # [2, 128] float32: sums of kept values
 COLUMNS = gl.constexpr(30464)  # [4 warps, 2, 144] float32: sums of rotated values
 ALL_SCORES = gl.constexpr(35072)  # [2, 16 + slots of a CTA] float32: of kept tokens, then of codes
-SCORES_OF_CODES = gl.constexpr(35136)
+SCORES_OF_CODES = gl.constexpr(ALL_SCORES.value + 4 * KEYS.value)
 PADDED_HEAD = gl.constexpr(576)  # of float32
 CODE_ROW = gl.constexpr(64)  # of 128 codes of 4 bits
 

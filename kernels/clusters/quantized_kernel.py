@@ -34,6 +34,7 @@ from qtts_compile.kernels.clusters.instructions import (
     as_words,
     cluster_rank,
     expect_bytes,
+    load_floats,
     load_shared,
     prepare_barriers,
     request_bytes,
@@ -154,11 +155,11 @@ def norm_qkv_quantized_attention_kernel(
         score_codes(base, keys, K_codes_ptr, K_scales_ptr, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
     v = load_values(base, head, key_or_tile, word)
     wait_for_cta()
-    scores = load_shared(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :]).to(gl.float32, bitcast=True)
+    scores = load_floats(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :])
     row_max = gl.max(scores, axis=1)
     if own_tiles > 0:
         row_max = largest_of(base, head, row_max)
-    weights, even, odd = sum_values(scores, gl.where(row_max == float("-inf"), 0.0, row_max), v)
+    weights, even, odd = sum_values(scores, row_max, v)
     row_sum = gl.sum(weights, axis=1)
     partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
     if own_tiles > 0:

@@ -24,8 +24,7 @@ def encode_row(x, unbiased, BITS: tl.constexpr):
 
     A scale that :func:`is_storable` refuses stands for a vector that is not finite or too large.
     """
-    magnitude = tl.abs(x)
-    peak = tl.max(tl.where(magnitude < float("inf"), magnitude, float("inf")), axis=0)
+    peak = tl.max(finite_magnitude(x), axis=0)
     if BITS == 8:
         scale = tl.div_rn(peak, MAX_CODE)
         stored = scale.to(tl.float16).to(tl.float32)
@@ -38,8 +37,20 @@ def encode_row(x, unbiased, BITS: tl.constexpr):
         z = rotate_row(x_unit) * (root / tl.maximum(norm, MIN_PEAK))
         codes, c = nearest(z, BITS)
         product = tl.sum(z * c, axis=0)
-        ratio = tl.where(unbiased, x.shape[0] / tl.where(norm == 0, 1.0, product), product / tl.sum(c * c, axis=0))
-        return codes, norm * ratio / root * peak
+        return codes, scale_of(norm, product, tl.sum(c * c, axis=0), unbiased, x.shape[0]) / root * peak
+
+
+@triton.jit
+def finite_magnitude(x):
+    """Return magnitudes, and infinity for what is no number, which a maximum would pass over."""
+    magnitude = tl.abs(x)
+    return tl.where(magnitude < float("inf"), magnitude, float("inf"))
+
+
+@triton.jit
+def scale_of(norm, product, level_squares, unbiased, D: tl.constexpr):
+    """Return the scale, for levels of unit mean square, of vectors of a norm, with their product with their levels and the sum of these' squares."""
+    return norm * tl.where(unbiased, D / tl.where(norm == 0, 1.0, product), product / level_squares)
 
 
 @triton.jit
