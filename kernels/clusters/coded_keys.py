@@ -89,9 +89,11 @@ def score_codes(
     queries, peaks = _load_queries(base), zeros() + float("-inf")
     for first in range(0, own_tiles, STEP):
         for i in gl.static_range(STEP // N_WARPS):
-            peaks = _score_tile(base, queries, keys[i], first + i * N_WARPS, scale, peaks, STRIDE)
+            if first + i * N_WARPS < own_tiles:
+                peaks = _score_tile(base, queries, keys[i], first + i * N_WARPS, scale, peaks, STRIDE)
         if TILES > STEP:
-            keys = load_coded_keys(Codes_ptr, Scales_ptr, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+            if first + STEP < own_tiles:
+                keys = load_coded_keys(Codes_ptr, Scales_ptr, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
     _store_peaks(base, peaks)
 
 

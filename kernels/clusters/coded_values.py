@@ -59,9 +59,11 @@ def sum_codes(base, values, Codes_ptr, Scales_ptr, own_tiles, first_slot, TILES:
     origins, sums = origins_of(base, STRIDE), _no_sums()
     for first in range(0, own_tiles, STEP):
         for i in gl.static_range(STEP // N_WARPS):
-            sums = _add_tile(base, sums, values[i], first + i * N_WARPS, own_tiles, origins, STRIDE)
+            if first + i * N_WARPS < own_tiles:
+                sums = _add_tile(base, sums, values[i], first + i * N_WARPS, own_tiles, origins, STRIDE)
         if TILES > STEP:
-            values = load_coded_values(Codes_ptr, Scales_ptr, first + STEP, own_tiles, first_slot, STEP)
+            if first + STEP < own_tiles:
+                values = load_coded_values(Codes_ptr, Scales_ptr, first + STEP, own_tiles, first_slot, STEP)
     _store_sums(base, sums)
 
 

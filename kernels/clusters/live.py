@@ -8,9 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.attend import keys_layout
-from qtts_compile.kernels.clusters.instructions import as_words, store_shared
-from qtts_compile.kernels.clusters.memory import FLAGS, KEYS, N_WARPS, everywhere
-from qtts_compile.kernels.clusters.words import any_of_warp
+from qtts_compile.kernels.clusters.instructions import as_words
+from qtts_compile.kernels.clusters.memory import ARRIVED, FLAGS, KEYS, N_CTAS, N_WARPS, linear_layout
 
 
 @gluon.jit
@@ -28,18 +27,67 @@ def live_kept(Mask_ptr, kept_tile, row, start, SINKS: gl.constexpr, WINDOW: gl.c
 
 
 @gluon.constexpr_function
-def _mask_layout(words):
-    """Words of a mask [128 threads, n]."""
-    return gl.BlockedLayout([1, words], [32, 1], [4, 1], [1, 0], cga_layout=everywhere(2))
+def _threads_layout():
+    """An element of each thread [128]."""
+    return linear_layout([], [[2**i] for i in range(5)], [[32], [64]], [32 * N_WARPS.value])
 
 
 @gluon.jit
-def look_behind(base, Mask_ptr, row, S, WORDS: gl.constexpr):
-    """Store for each warp whether it sees that the mask lets a slot behind the new token count: a thread looks at as many ``WORDS`` of it."""
-    layout: gl.constexpr = _mask_layout(WORDS)
-    thread = gl.arange(0, 32 * N_WARPS, layout=gl.SliceLayout(1, layout))
-    word = (thread * WORDS)[:, None] + gl.arange(0, WORDS, layout=gl.SliceLayout(0, layout))[None, :]
-    n_before = gl.minimum(gl.maximum(row + 1 - 4 * word, 0), 4)
-    behind = gl.load(as_words(Mask_ptr) + word, mask=(word < S // 4) & (n_before < 4), other=0) >> (8 * gl.minimum(n_before, 3))
-    count = gl.sum((behind != 0).to(gl.int32), axis=1)
-    store_shared(base + FLAGS + thread // 32 * 4, any_of_warp(count), thread * 0 + 1)
+def _word_of_thread(rank, S):
+    """Return the number of each thread's word in a CTA's share of a mask of up to 8192 bytes, and whether there is one."""
+    layout: gl.constexpr = _threads_layout()
+    n_words = (S // 4 + N_CTAS - 1) // N_CTAS
+    thread = gl.arange(0, 32 * N_WARPS, layout=layout)
+    word = rank * n_words + thread
+    return word, (thread < n_words) & (word < S // 4)
+
+
+@gluon.jit
+def load_behind(Mask_ptr, rank, row, S):
+    """Load those words of a CTA's share of a mask that tell of slots behind the new token."""
+    word, exists = _word_of_thread(rank, S)
+    return gl.load(as_words(Mask_ptr) + word, mask=exists & (4 * word + 3 > row), other=0)
+
+
+@gluon.jit
+def send_flags(words, rank, row, S, base):
+    """Send to all CTAs of the cluster, from each warp, whether the words let a slot behind the new token count: a lane serves one."""
+    n_before = gl.minimum(gl.maximum(row + 1 - 4 * _word_of_thread(rank, S)[0], 0), 3)
+    address = base + FLAGS + rank * (4 * N_WARPS) + gl.arange(0, 32 * N_WARPS, layout=words.type.layout) // 32 * 4
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 lane, to, bar; .reg .b32 any;
+        mov.u32 lane, %laneid;
+        setp.lt.u32 p, lane, 16;
+        redux.sync.or.b32 any, $1, -1;
+        @p mapa.shared::cluster.u32 bar, $3, lane;
+        @p mapa.shared::cluster.u32 to, $2, lane;
+        @p st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], any, [bar];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r", [words >> (8 * n_before), address, base + ARRIVED], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def any_behind(base):
+    """Tell whether any warp of the cluster sent that a slot behind the new token counts."""
+    flags = gl.inline_asm_elementwise(
+        """{
+        .reg .u32 at; .reg .b32 first, second;
+        mov.u32 at, %laneid;
+        mad.lo.u32 at, at, 8, $1;
+        ld.shared.v2.b32 {first, second}, [at];
+        or.b32 first, first, second;
+        redux.sync.or.b32 $0, first, -1;
+        }""",
+        "=r,r", [base + FLAGS], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    return flags != 0
+
+
+@gluon.jit
+def deal(n_tiles, rank):
+    """Return the first slot that a CTA of the cluster attends to, and how many tiles."""
+    most = (n_tiles + N_CTAS - 1) // N_CTAS
+    return rank * most * KEYS, gl.minimum(gl.maximum(n_tiles - rank * most, 0), most)

@@ -36,14 +36,15 @@ BYTES_OF_PARTIAL = gl.constexpr(2 * (4 * 128 + 8))
 # ... and of one that attends to codes
 PEAKS = gl.constexpr(1792)  # [4 warps, 2] float32: the largest scores of codes
 SUMS = gl.constexpr(1824)  # [4 warps, 2] float32: of their weights
-FLAGS = gl.constexpr(1856)  # [4 warps]: whether the mask lets slots behind the new token count
 Q_ROTATED = gl.constexpr(28928)  # [2, 128] bfloat16
+FLAGS = gl.constexpr(29440)  # [16 CTAs, 4 warps]: whether the mask lets slots behind the new token count; then
 KEPT_COLUMNS = gl.constexpr(29440)  # [2, 128] float32: sums of kept values
 COLUMNS = gl.constexpr(30464)  # [4 warps, 2, 144] float32: sums of rotated values
 ALL_SCORES = gl.constexpr(35072)  # [2, 16 + slots of a CTA] float32: of kept tokens, then of codes
 SCORES_OF_CODES = gl.constexpr(ALL_SCORES.value + 4 * KEYS.value)
 PADDED_HEAD = gl.constexpr(576)  # of float32
 CODE_ROW = gl.constexpr(64)  # of 128 codes of 4 bits
+BYTES_OF_FLAGS = gl.constexpr(4 * CTAS * WARPS)
 
 
 def shared_bytes(width: int, tiles: int) -> int:
@@ -77,13 +78,6 @@ def score_bytes(tiles):
 def end_of_scores(tiles):
     """Return what is behind the scores of both heads."""
     return ALL_SCORES.value + 2 * score_bytes(tiles)
-
-
-@gluon.constexpr_function
-def mask_words(tiles):
-    """Return the power of two of words of a mask that a thread looks at, for as many tiles of each CTA."""
-    words = tiles * CTAS * KEYS.value // 4
-    return 1 << max(0, (words - 1).bit_length() - (32 * WARPS).bit_length() + 1)
 
 
 @gluon.constexpr_function

@@ -35,7 +35,6 @@ from qtts_compile.kernels.clusters.instructions import (
     cluster_rank,
     expect_bytes,
     load_floats,
-    load_shared,
     prepare_barriers,
     request_bytes,
     wait_for_bytes,
@@ -43,13 +42,13 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_cta,
     wait_for_inputs,
 )
-from qtts_compile.kernels.clusters.live import live_kept, look_behind
+from qtts_compile.kernels.clusters.live import any_behind, deal, live_kept, load_behind, send_flags
 from qtts_compile.kernels.clusters.memory import (
     ALL_SCORES,
     ARRIVED,
+    BYTES_OF_FLAGS,
     BYTES_OF_PARTIAL,
     CODE_ROW,
-    FLAGS,
     GROUP,
     HEAD,
     HEAD_WEIGHTS,
@@ -61,7 +60,6 @@ from qtts_compile.kernels.clusters.memory import (
     STATS,
     V_TILE,
     end_of_scores,
-    mask_words,
     score_bytes,
     tiles_of_step,
 )
@@ -101,10 +99,6 @@ def norm_qkv_quantized_attention_kernel(
     # x first, then what attention needs. Of the row that is written nothing is used, whatever was read.
     x = gl.load(as_words(X_ptr) + x_words)
     request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES)
-    position = gl.where(position < 0, position + S, position)
-    in_cache = (position >= 0) & (position < S)
-    row = gl.where(in_cache, position, 0).to(gl.int32)
-    kept_row = gl.where(in_cache, SINKS + row % WINDOW, -1)
     kept_tile = N_CTAS - 1 - rank  # the first CTAs have codes, the last have kept tokens, and some both
     own_kept = gl.minimum(gl.maximum(SINKS + WINDOW - kept_tile * KEYS, 0), KEYS)
     k_head = k_head.to(gl.int64)
@@ -117,29 +111,35 @@ def norm_qkv_quantized_attention_kernel(
     if own_kept > 0:
         request_bytes(base + K_TILE, K_kept_ptr + kept_tile * (KEYS * HEAD), own_kept * ROW, base + ARRIVED)
         request_bytes(base + V_TILE, V_kept_ptr + kept_tile * (KEYS * HEAD), own_kept * ROW, base + ARRIVED)
-    expect_bytes(base + ARRIVED, (4 + 2 + 2 * AXES) * ROW + own_kept * (2 * ROW))
+    expect_bytes(base + ARRIVED, (4 + 2 + 2 * AXES) * ROW + own_kept * (2 * ROW) + (BYTES_OF_FLAGS if HAS_MASK else 0))
     expect_bytes(base + ARRIVED + 8, N_CTAS * BYTES_OF_PARTIAL)
-    is_kept_live = live_kept(Mask_ptr, kept_tile, row, start, SINKS, WINDOW)
-    if HAS_MASK:
-        look_behind(base, Mask_ptr, row, S, mask_words(TILES))
     share_x(base + X, x, norm)
     wait_for_cta()
+
+    # What follows from the position comes after x, which would wait for it: it arrives with the weights.
+    position = gl.where(position < 0, position + S, position)
+    in_cache = (position >= 0) & (position < S)
+    row = gl.where(in_cache, position, 0).to(gl.int32)
+    kept_row = gl.where(in_cache, SINKS + row % WINDOW, -1)
+    is_kept_live = live_kept(Mask_ptr, kept_tile, row, start, SINKS, WINDOW)
+    if HAS_MASK:
+        behind = load_behind(Mask_ptr, rank, row, S)
     y = multiply(base + X, w_ptrs, tiles, eps, K)
     wait_for_cluster()
     send_rows(y, rank, base, N_CTAS)
 
-    # The codes before the window count, and where a mask does not exclude them those behind the new token.
-    n_tiles = S // KEYS
+    # Most masks let the codes before the window count, which are requested until all CTAs' looks have arrived. Without a mask all count.
     if HAS_MASK:
-        flags = load_shared(base + FLAGS) | load_shared(base + FLAGS + 4) | load_shared(base + FLAGS + 8) | load_shared(base + FLAGS + 12)
-        n_tiles = gl.where(flags != 0, n_tiles, (gl.maximum(row + 1 - WINDOW, 0) + KEYS - 1) // KEYS)
-    most_tiles = (n_tiles + N_CTAS - 1) // N_CTAS
-    first_slot = rank * most_tiles * KEYS
-    own_tiles = gl.minimum(gl.maximum(n_tiles - rank * most_tiles, 0), most_tiles)
+        send_flags(behind, rank, row, S, base)
+    first_slot, own_tiles = deal((gl.maximum(row + 1 - WINDOW, 0) + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
     keys = load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
     values = load_coded_values(V_codes_ptr, V_scales_ptr, 0, own_tiles, first_slot, STEP)
-
     wait_for_bytes(base + ARRIVED)
+    if HAS_MASK:
+        if any_behind(base):
+            first_slot, own_tiles = deal(S // KEYS, rank)
+            keys = load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+            values = load_coded_values(V_codes_ptr, V_scales_ptr, 0, own_tiles, first_slot, STEP)
     a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
     place_heads(base, a, b, K_kept_ptr, V_kept_ptr, kept_row, kept_tile)
     if own_tiles > 0:

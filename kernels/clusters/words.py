@@ -56,9 +56,3 @@ def add_product(first, second, a_first, a_second, b):
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, {$8, $9, $10, $11}, {$12, $13}, {$4, $5, $6, $7};",
         "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r", [first, second, a_first, a_second, b], dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
     )  # fmt: skip
-
-
-@gluon.jit
-def any_of_warp(words):
-    """Return the bits that are set in the word of any lane of a warp."""
-    return gl.inline_asm_elementwise("redux.sync.or.b32 $0, $1, -1;", "=r,r", [words], dtype=gl.int32, is_pure=True, pack=1)
