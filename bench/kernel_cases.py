@@ -213,9 +213,9 @@ def _cases() -> Iterator[KernelCase]:
         slots = -(-(position + 1) // 1024) * 1024
         yield _attention(f"talker attention, position {position}", slots, position)
         yield _qk_norm(f"talker qk-norm, rotary, attention, position {position}", slots, SECTIONS, position, attends=True)
-    for owner, hidden in (("talker", 2048), ("talker of 0.6B", 1024)):
-        yield _norm_qkv(_qk_norm(f"{owner} norm, qkv, attention, position 64", 256, SECTIONS, 64, attends=True), hidden)
+    yield _norm_qkv(_qk_norm("talker of 0.6B norm, qkv, attention, position 64", 256, SECTIONS, 64, attends=True), 1024)
     for slots, position in ((256, 64), (512, 500), (2048, 2000), (8192, 8000)):
+        yield _norm_qkv(_qk_norm(f"talker norm, qkv, attention, position {position}", slots, SECTIONS, position, attends=True), 2048)
         yield _norm_qkv(_quantized(f"talker norm, qkv, int4 attention, position {position}", slots, SECTIONS, position, "int4"), 2048)
     yield _norm_qkv(_qk_norm("predictor norm, qkv, attention", 16, [], 8, attends=True), 1024)
     yield _attention("predictor attention", 16, 8)

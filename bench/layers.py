@@ -33,8 +33,8 @@ from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, remember
 from qtts_compile.kernels.linear_add import linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears
-from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS, norm_qkv_attention
-from qtts_compile.kernels.norm_qkv_quantized_attention import MAX_SLOTS as MAX_QUANTIZED_SLOTS
+from qtts_compile.kernels.norm_qkv import MAX_SLOTS
+from qtts_compile.kernels.norm_qkv_attention import norm_qkv_attention
 from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized_attention
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
 from qtts_compile.options import KV_CACHES
@@ -62,18 +62,13 @@ STACKS = {
 }
 
 
-def is_joined(stack: Stack, kv_cache: str) -> bool:
-    """Tell whether one operator computes projections and attention, as in a frame."""
-    return stack.slots <= (MAX_SLOTS if kv_cache == "bf16" else MAX_QUANTIZED_SLOTS)
-
-
 def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callable[..., torch.Tensor]:
     """Return attention over a cache with a random prompt: ``[1, heads, 1, WIDTH]`` of x ``[1, hidden]``, its norm's weight and the projections."""
     case = AttentionCase("", stack.slots, stack.position, stack.sections)
     sets = build_arguments(kv_cache, case, 1, device, copies=1)
     write_prompt(kv_cache, case, sets)
     attend, rest = kernel_of(kv_cache, device), sets[0][3:]
-    if is_joined(stack, kv_cache):
+    if stack.slots <= MAX_SLOTS:  # one operator computes projections and attention, as in a frame
         joined = norm_qkv_attention if kv_cache == "bf16" else norm_qkv_quantized_attention
         return lambda x, norm, projections: joined(x, norm, projections, EPS, *rest)
 
@@ -192,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         us = [min(measure(layers, x) for _ in range(5))]
         if name in to_search:
             to_search.remove(name)
-            table |= search(name, [part for part in PARTS if part != "qkv" or not is_joined(stack, kv_cache)], layers, x, compiled)
+            table |= search(name, [part for part in PARTS if part != "qkv" or stack.slots > MAX_SLOTS], layers, x, compiled)
             us.append(min(measure(layers, x) for _ in range(5)))
         floor = sum(case_of(name, part).weight_bytes for part in PARTS) / copy_bandwidth() / 1e6
         launches = {part: chosen_launch(case_of(name, part), 1) for part in PARTS}

@@ -13,6 +13,7 @@ from qtts_compile.kernels.norm_linears import check_norm_linears
 from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.rotary import Angles
 
+MAX_SLOTS = 8192  # of a cache: the threads of a cluster look at four bytes of its mask each
 WIDTHS = (512, 1024, 2048)  # of x: with more the kernels run out of registers
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, each [1, H, 1, D]
 
@@ -28,11 +29,11 @@ def allocate(x: torch.Tensor, weights: Sequence[torch.Tensor], width: int) -> to
     return torch.empty((1, weights[0].shape[0] // width, 1, width), dtype=x.dtype, device=x.device)
 
 
-def check_slots(name: str, cache: torch.Tensor, most: int, attention: str) -> None:
-    """Raise ``ValueError`` unless a ``cache`` ``[1, Hk, S, D]`` has 1 to ``most`` slots; ``attention`` is the operator that takes more."""
+def check_slots(name: str, cache: torch.Tensor, attention: str) -> None:
+    """Raise ``ValueError`` unless a ``cache`` ``[1, Hk, S, D]`` has 1 to :data:`MAX_SLOTS` slots; ``attention`` is the operator that takes more."""
     check_rank(name, cache, "1, Hk, S, D")
-    if not 0 < cache.shape[2] <= most:
-        raise ValueError(f"{name} must have 1 to {most} slots, got {tuple(cache.shape)}; call norm_linears and {attention} for more")
+    if not 0 < cache.shape[2] <= MAX_SLOTS:
+        raise ValueError(f"{name} must have 1 to {MAX_SLOTS} slots, got {tuple(cache.shape)}; call norm_linears and {attention} for more")
 
 
 def check_projections(

@@ -1,6 +1,7 @@
-"""RMSNorm, q/k/v projections, per-head norms, rotary embedding, KV-cache write and attention of one token in one launch, for up to 256 slots.
+"""RMSNorm, q/k/v projections, per-head norms, rotary embedding, KV-cache write and attention of one token in one launch, for up to 8192 slots.
 
-On Hopper, for the sizes of Qwen3: the kernel is one of clusters. Elsewhere its two parts are launched one after the other.
+On Hopper, for the sizes of Qwen3: the kernel is one of clusters, of which there are two, for up to 256 slots and for more. Elsewhere its two parts
+are launched one after the other.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ import torch
 
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
-from qtts_compile.kernels.clusters.memory import HEAD, KEYS, shared_bytes
+from qtts_compile.kernels.clusters.long_kernel import norm_qkv_long_attention_kernel
+from qtts_compile.kernels.clusters.memory import HEAD, KEYS, N_WARPS, shared_bytes, tiled_shared_bytes
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
@@ -21,8 +23,7 @@ from qtts_compile.kernels.qk_norm_rope_attention import (
     qk_norm_rope_attention_triton,
 )
 from qtts_compile.kernels.rotary import Angles, as_angles
-
-MAX_SLOTS = KEYS.value * clusters.CTAS
+from qtts_compile.kernels.sizes import cdiv
 
 
 def norm_qkv_attention(
@@ -47,12 +48,12 @@ def norm_qkv_attention(
     """Return the attention of one token whose hidden state is ``x``, and write its key and value into the caches.
 
     ``x`` is ``[..., K]`` of one row, ``weights`` are those of queries ``[Hq D, K]``, keys and values ``[Hk D, K]``, the caches
-    ``[1, Hk, S, D]`` of at most 256 slots, ``position`` int64 ``[1]``. The steps are those of ``norm_linears``, without biases, and
+    ``[1, Hk, S, D]`` of at most 8192 slots, ``position`` int64 ``[1]``. The steps are those of ``norm_linears``, without biases, and
     ``qk_norm_rope_attention``, with the arguments and the rounding of both. The result ``[1, Hq, 1, D]`` is contiguous.
 
     All parameters and ``position`` must be at rest, as for those two.
 
-    Raises ``TypeError`` or ``ValueError`` as those two do, and ``ValueError`` for more than one row or 256 slots, or other than three weights.
+    Raises ``TypeError`` or ``ValueError`` as those two do, and ``ValueError`` for more than one row or 8192 slots, or other than three weights.
     """
     return torch.ops.qtts.norm_qkv_attention.default(
         x, norm_weight, weights, eps, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, k_cache, v_cache, position, mask, scale
@@ -79,7 +80,7 @@ def check_norm_qkv_attention(
     k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
 ) -> None:  # fmt: skip
     """Raise ``TypeError`` or ``ValueError`` unless :func:`norm_qkv_attention` accepts the arguments."""
-    check_slots("k_cache", k_cache, MAX_SLOTS, "qk_norm_rope_attention")
+    check_slots("k_cache", k_cache, "qk_norm_rope_attention")
     heads = check_projections(x, norm_weight, weights, eps, k_cache.shape[3], "qk_norm_rope_attention")
     check_qk_norm_rope_attention(*heads, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, k_cache, v_cache, position, mask, scale)
 
@@ -104,13 +105,19 @@ def norm_qkv_attention_triton(
     angles = as_angles(cos, sin, sections, interleaved)
     if _is_served(x, norm_weight, weights, q_weight, k_weight, angles, k_cache, v_cache, mask):
         out = allocate(x, weights, k_cache.shape[3])
-        width, tiles = x.shape[-1], k_cache.shape[2] // KEYS.value
+        width, slots = x.shape[-1], k_cache.shape[2]
         arguments = (
             x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out,
             eps, q_eps, k_eps, scale, k_cache.stride(1), v_cache.stride(1), angles.stride_axis,
         )  # fmt: skip
-        constants = dict(K=width, N_TILES=tiles, **angles.constants, SHARED_BYTES=shared_bytes(width, tiles))
-        if launch(norm_qkv_attention_kernel, k_cache.shape[1], x.device, arguments, **constants):
+        constants = dict(K=width, **angles.constants)
+        tiles, kernel = slots // KEYS.value, norm_qkv_attention_kernel
+        if tiles <= clusters.CTAS:
+            constants |= dict(N_TILES=tiles, SHARED_BYTES=shared_bytes(width, tiles))
+        else:
+            tiles, kernel, arguments = cdiv(tiles, clusters.CTAS), norm_qkv_long_attention_kernel, (*arguments, slots)
+            constants |= dict(TILES=tiles, SHARED_BYTES=tiled_shared_bytes(width, tiles, N_WARPS.value))
+        if launch(kernel, k_cache.shape[1], x.device, arguments, **constants):
             return out
     heads = as_heads(norm_linears_triton(x, norm_weight, weights, [None] * 3, eps), k_cache.shape[3])
     return qk_norm_rope_attention_triton(

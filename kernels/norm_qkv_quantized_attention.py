@@ -10,7 +10,7 @@ import torch
 
 from qtts_compile.kernels.checks import check_rank
 from qtts_compile.kernels.clusters import device as clusters
-from qtts_compile.kernels.clusters.memory import HEAD, KEYS, quantized_shared_bytes
+from qtts_compile.kernels.clusters.memory import HEAD, KEYS, tiled_shared_bytes, tiles_of_step
 from qtts_compile.kernels.clusters.quantized_kernel import norm_qkv_quantized_attention_kernel
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
@@ -25,7 +25,6 @@ from qtts_compile.kernels.rotary import Angles, as_angles
 from qtts_compile.kernels.sizes import cdiv
 from qtts_compile.kernels.turboquant.format import Format
 
-MAX_SLOTS = 8192
 BITS = 4  # of a coordinate, of keys and of values
 SLOTS_OF_TILES = KEYS.value * clusters.CTAS  # of one tile for each CTA, and the most tokens that are kept as they are
 
@@ -94,7 +93,7 @@ def check_norm_qkv_quantized_attention(
     sinks: int, format: str, mask: torch.Tensor | None, scale: float,
 ) -> None:  # fmt: skip
     """Raise ``TypeError`` or ``ValueError`` unless :func:`norm_qkv_quantized_attention` accepts the arguments."""
-    check_slots("k_codes", k_codes, MAX_SLOTS, "qk_norm_rope_quantized_attention")
+    check_slots("k_codes", k_codes, "qk_norm_rope_quantized_attention")
     check_rank("kept", kept, "2, 1, Hk, sinks + window, D")
     heads = check_projections(x, norm_weight, weights, eps, kept.shape[4], "qk_norm_rope_quantized_attention")
     check_qk_norm_rope_quantized_attention(
@@ -134,14 +133,13 @@ def norm_qkv_quantized_attention_triton(
         out = allocate(x, weights, kept.shape[4])
         width, slots = x.shape[-1], k_codes.shape[2]
         tiles = cdiv(slots, SLOTS_OF_TILES)
+        shared = tiled_shared_bytes(width, tiles, tiles_of_step(tiles))
         arguments = (
             x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start, mask, out,
             eps, q_eps, k_eps, scale, slots, k_codes.stride(1), v_codes.stride(1), scales.stride(0), scales.stride(2),
             kept.stride(0), kept.stride(2), angles.stride_axis,
         )  # fmt: skip
-        constants = dict(
-            K=width, TILES=tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks, **angles.constants, SHARED_BYTES=quantized_shared_bytes(width, tiles)
-        )
+        constants = dict(K=width, TILES=tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks, **angles.constants, SHARED_BYTES=shared)
         if launch(norm_qkv_quantized_attention_kernel, k_codes.shape[1], x.device, arguments, **constants):
             return out
     heads = as_heads(norm_linears_triton(x, norm_weight, weights, [None] * 3, eps), kept.shape[4])

@@ -8,20 +8,21 @@ import torch
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
+from qtts_compile.kernels.norm_qkv import MAX_SLOTS
 from qtts_compile.patterns.graph import insert_mutating, is_call_of, keywords, operands, overload, shape, value
 from qtts_compile.patterns.heads import NO_EPS
 from qtts_compile.patterns.linear import without_views
 from qtts_compile.patterns.scope import Scope
 
 
-def join_projections(graph: fx.Graph, scope: Scope, name: str, attention: str, cache: str, most_slots: int) -> None:
+def join_projections(graph: fx.Graph, scope: Scope, name: str, attention: str, cache: str) -> None:
     """Replace each ``qtts::attention`` of one token, and the norm_linears before it, by ``qtts::name``.
 
-    ``cache`` is an argument ``[1, Hk, S, ...]`` of the attention, of at most so many slots.
+    ``cache`` is an argument ``[1, Hk, S, ...]`` of the attention.
     """
     packet = getattr(torch.ops.qtts, attention)
     for call in [n for n in graph.nodes if n.target is auto_functionalized and n.args[0] in (packet.default, packet.tensor_eps)]:
-        if scope.allows(name, call) and shape(keywords(call)[cache])[2] <= most_slots:
+        if scope.allows(name, call) and shape(keywords(call)[cache])[2] <= MAX_SLOTS:
             reason = _join_layer(graph, name, call)
             if reason:
                 scope.refuse(name, call, reason)

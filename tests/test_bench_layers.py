@@ -25,10 +25,10 @@ def test_readme_s_commands_are_understood():
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "int4", "k4v3", "fp8"])
-@pytest.mark.parametrize("slots", [128, 512])
+@pytest.mark.parametrize("slots", [128, 8208])
 def test_attention_of_a_layer_reads_its_prompt(kv_cache, slots):
+    """Also where two operators compute it, as there are too many slots for one."""
     stack = layers.STACKS["talker"]._replace(hidden=64, slots=slots, position=100)
-    assert layers.is_joined(stack, kv_cache) == (kv_cache != "bf16" or slots == 128)
     torch.manual_seed(0)
     attend = layers.build_attention(stack, kv_cache, "cpu")
     norm, projections = torch.ones(64).bfloat16(), [torch.randn(heads * layers.WIDTH, 64).bfloat16() / 8 for heads in (16, 8, 8)]

@@ -13,6 +13,7 @@ from bench.plots import rows_of
 from bench.registry import MODES
 from bench.timing import figure, kernel_table
 from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
+from qtts_compile.kernels.clusters.long_kernel import norm_qkv_long_attention_kernel
 from qtts_compile.kernels.clusters.quantized_kernel import norm_qkv_quantized_attention_kernel
 from qtts_compile.kernels.combine import combine_kernel
 from qtts_compile.kernels.decode_attention import _decode_attention_kernel
@@ -173,6 +174,7 @@ def test_commands_are_shown_without_where_they_wrote():
     [
         (_norm_linears_kernel.__name__, "gemv"),
         (norm_qkv_attention_kernel.__name__, "gemv"),
+        (norm_qkv_long_attention_kernel.__name__, "gemv"),
         (norm_qkv_quantized_attention_kernel.__name__, "gemv"),
         (_norm_swiglu_kernel.__name__, "gemv"),
         (_linear_add_kernel.__name__, "gemv"),

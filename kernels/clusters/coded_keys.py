@@ -7,35 +7,12 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.attend import origin_of
-from qtts_compile.kernels.clusters.codes import levels_of_codes, max_of_quad, places, zeros
-from qtts_compile.kernels.clusters.instructions import (
-    as_words,
-    load_floats,
-    load_global_4,
-    load_global_byte,
-    load_global_half,
-    load_shared_2,
-    store_floats,
-    store_shared,
-)
-from qtts_compile.kernels.clusters.memory import (
-    ALL_SCORES,
-    CODE_ROW,
-    GROUP,
-    HEAD,
-    KEYS,
-    LOG2_E,
-    N_WARPS,
-    PEAKS,
-    Q_ROTATED,
-    ROW,
-    SCORES_OF_CODES,
-    score_bytes,
-    tiles_of_step,
-)
+from qtts_compile.kernels.clusters.instructions import as_words, load_global_4, load_global_byte, load_global_half, load_shared_2, store_shared
+from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW, score_bytes, tiles_of_step
+from qtts_compile.kernels.clusters.peaks import store_peaks, store_tile
 from qtts_compile.kernels.clusters.rotation import rotate
-from qtts_compile.kernels.clusters.words import add_product, high, low, low_float16, pack
+from qtts_compile.kernels.clusters.tiles import each, places, zeros
+from qtts_compile.kernels.clusters.words import add_product, high, levels_of_codes, low, low_float16, pack
 from qtts_compile.kernels.turboquant.kept import find_kept
 
 _find_kept = gluon.jit(find_kept.fn)
@@ -85,7 +62,7 @@ def score_codes(
 ):  # fmt: skip
     """Store the scores of both heads for a CTA's keys, of which ``keys`` are the first step, and the largest scores of each warp."""
     STEP: gl.constexpr = tiles_of_step(TILES)
-    STRIDE: gl.constexpr = score_bytes(TILES)
+    STRIDE: gl.constexpr = score_bytes(TILES, STEP)
     queries, peaks = _load_queries(base), zeros() + float("-inf")
     for first in range(0, own_tiles, STEP):
         for i in gl.static_range(STEP // N_WARPS):
@@ -94,7 +71,7 @@ def score_codes(
         if TILES > STEP:
             if first + STEP < own_tiles:
                 keys = load_coded_keys(Codes_ptr, Scales_ptr, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
-    _store_peaks(base, peaks)
+    store_peaks(base, peaks)
 
 
 @gluon.jit
@@ -112,7 +89,6 @@ def _load_queries(base):
 def _score_tile(base, queries, keys, tile, scale, peaks, STRIDE: gl.constexpr):
     """Store the scores of both heads for a tile of each warp, and -inf for what does not count; return each lane's largest, of both heads."""
     words, scales, is_live = keys
-    warp, g, _, head = places()
     # Two sums each, so that half as many products wait for each other.
     first, second, more_first, more_second = zeros(), zeros(), zeros(), zeros()
     for i in gl.static_range(4):
@@ -121,49 +97,8 @@ def _score_tile(base, queries, keys, tile, scale, peaks, STRIDE: gl.constexpr):
         more_first, more_second = add_product(more_first, more_second, levels[2], levels[3], queries[2 * i + 1])
     first, second = first + more_first, second + more_second
     # A lane's two sums are of one key and both heads, its two scales of one head and both keys.
-    unit_first, unit_second = _each(low_float16(scales) * (scale * LOG2_E))
-    live_first, live_second = _each(is_live.to(gl.float32))
+    unit_first, unit_second = each(low_float16(scales) * (scale * LOG2_E))
+    live_first, live_second = each(is_live.to(gl.float32))
     first = gl.where(live_first != 0, first * unit_first, float("-inf"))
     second = gl.where(live_second != 0, second * unit_second, float("-inf"))
-    address = base + SCORES_OF_CODES + head * STRIDE + ((tile + warp) * KEYS + g) * 4
-    store_floats(address, first)
-    store_floats(address + 32, second)
-    return gl.maximum(peaks, gl.maximum(first, second))
-
-
-@gluon.jit
-def _each(pair):
-    """Return two tensors: a lane's first number twice, and its second."""
-    return gl.inline_asm_elementwise(
-        "{ mov.b32 $0, $4; mov.b32 $1, $4; mov.b32 $2, $5; mov.b32 $3, $5; }",
-        "=&f,=&f,=&f,=&f,f,f", [pair], dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _store_peaks(base, peaks):
-    """Store the largest score of each warp and head."""
-    peaks = gl.max(gl.reshape(peaks, [4, 8, 4, 2]), axis=1)
-    layout: gl.constexpr = peaks.type.layout
-    warp = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout))), 1), 2)
-    head = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout))), 0), 1)
-    address = gl.broadcast(base + PEAKS + warp * 8 + head * 4, peaks)[0]
-    store_floats(address, peaks)
-
-
-@gluon.jit
-def largest_of(base, head, kept_peak):
-    """Return the largest score of a head: of its kept tokens or of any warp's codes."""
-    peak = kept_peak
-    for warp in gl.static_range(N_WARPS):
-        peak = gl.maximum(peak, load_floats(base + PEAKS + warp * 8 + head * 4))
-    return peak
-
-
-@gluon.jit
-def origins_of(base, STRIDE: gl.constexpr):
-    """Return for each lane the largest score of the head g % 2, or zero if none counts."""
-    _, g, t, which = places()
-    address = base + ALL_SCORES + g % GROUP * STRIDE + (4 * t + which) * 4
-    kept = gl.maximum(load_shared_2(address).to(gl.float32, bitcast=True), load_shared_2(address + 8).to(gl.float32, bitcast=True))
-    return origin_of(largest_of(base, g % GROUP, max_of_quad(kept)))
+    return store_tile(base, first, second, tile, peaks, STRIDE)

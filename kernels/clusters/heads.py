@@ -88,16 +88,21 @@ def rotate_heads(base, q_eps, k_eps, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED:
 @gluon.jit
 def place_heads(base, a, b, k_head_ptr, v_head_ptr, row, rank):
     """Put queries where attention expects them, and key and value into their tile and into ``row`` of what tiles are copies of, where it is here."""
+    has_place = (row >= rank * KEYS) & (row < (rank + 1) * KEYS)
+    store_heads(base, a, b, (row - rank * KEYS).to(gl.int32), has_place)
+    write_heads(a, b, k_head_ptr, v_head_ptr, row, has_place)
+
+
+@gluon.jit
+def store_heads(base, a, b, place, has_place):
+    """Put queries where attention expects them, and key and value into their tile if they have a place there."""
     role = gl.arange(0, 4, layout=gl.SliceLayout(1, a.type.layout))
     word = gl.arange(0, 32, layout=gl.SliceLayout(0, a.type.layout))
-    place = (row - rank * KEYS).to(gl.int32)
-    has_place = (row >= rank * KEYS) & (row < (rank + 1) * KEYS)
     target = gl.where(role < 2, Q_HEADS + role * ROW, gl.where(role == 2, K_TILE, V_TILE) + place * ROW)
     target = base + target[:, None] + (word * 4)[None, :]
     is_stored = ((role < 2) | has_place).to(gl.int32)[:, None]
     store_shared(target, a, is_stored)
     store_shared(target + HEAD, b, is_stored)
-    write_heads(a, b, k_head_ptr, v_head_ptr, row, has_place)
 
 
 @gluon.jit

@@ -33,15 +33,15 @@ ROW = gl.constexpr(256)  # of a head
 BYTES_TO_ATTEND = gl.constexpr((4 + 2 * 16 + 2) * 256)  # products, keys and values, weights of norms
 BYTES_OF_PARTIAL = gl.constexpr(2 * (4 * 128 + 8))
 
-# ... and of one that attends to codes
-PEAKS = gl.constexpr(1792)  # [4 warps, 2] float32: the largest scores of codes
+# ... and of one that attends to many tiles
+PEAKS = gl.constexpr(1792)  # [4 warps, 2] float32: the largest scores of tiles
 SUMS = gl.constexpr(1824)  # [4 warps, 2] float32: of their weights
 Q_ROTATED = gl.constexpr(28928)  # [2, 128] bfloat16
 FLAGS = gl.constexpr(29440)  # [16 CTAs, 4 warps]: whether the mask lets slots behind the new token count; then
 KEPT_COLUMNS = gl.constexpr(29440)  # [2, 128] float32: sums of kept values
-COLUMNS = gl.constexpr(30464)  # [4 warps, 2, 144] float32: sums of rotated values
-ALL_SCORES = gl.constexpr(35072)  # [2, 16 + slots of a CTA] float32: of kept tokens, then of codes
-SCORES_OF_CODES = gl.constexpr(ALL_SCORES.value + 4 * KEYS.value)
+COLUMNS = gl.constexpr(30464)  # [4 warps, 2, 144] float32: sums of values of tiles
+ALL_SCORES = gl.constexpr(35072)  # [2, 16 + slots of a CTA] float32: of kept tokens, then of tiles
+SCORES_OF_TILES = gl.constexpr(ALL_SCORES.value + 4 * KEYS.value)
 PADDED_HEAD = gl.constexpr(576)  # of float32
 CODE_ROW = gl.constexpr(64)  # of 128 codes of 4 bits
 BYTES_OF_FLAGS = gl.constexpr(4 * CTAS * WARPS)
@@ -52,9 +52,9 @@ def shared_bytes(width: int, tiles: int) -> int:
     return (END_OF_PARTIALS.value if tiles > 1 else PARTIALS.value) + _bytes_of_x(width)
 
 
-def quantized_shared_bytes(width: int, tiles: int) -> int:
-    """Return the shared memory of a CTA with as many tiles of codes."""
-    return end_of_scores(tiles) + _bytes_of_x(width)
+def tiled_shared_bytes(width: int, tiles: int, step: int) -> int:
+    """Return the shared memory of a CTA that attends to so many tiles, as many at a time as a step has."""
+    return end_of_scores(tiles, step) + _bytes_of_x(width)
 
 
 def _bytes_of_x(width: int) -> int:
@@ -63,21 +63,20 @@ def _bytes_of_x(width: int) -> int:
 
 @gluon.constexpr_function
 def tiles_of_step(tiles):
-    """Return how many of a CTA's tiles of codes are requested at once."""
+    """Return how many of a CTA's tiles of codes are requested at once; of bfloat16 it is one for each warp."""
     return WARPS * min(TILES_OF_WARP.value, (tiles + WARPS - 1) // WARPS)
 
 
 @gluon.constexpr_function
-def score_bytes(tiles):
-    """Return the size of a head's scores of kept tokens and of as many tiles of codes, in whole steps."""
-    step = tiles_of_step(tiles)
+def score_bytes(tiles, step):
+    """Return the size of a head's scores of kept tokens and of so many tiles, in whole steps."""
     return 4 * KEYS.value * (1 + (tiles + step - 1) // step * step)
 
 
 @gluon.constexpr_function
-def end_of_scores(tiles):
+def end_of_scores(tiles, step):
     """Return what is behind the scores of both heads."""
-    return ALL_SCORES.value + 2 * score_bytes(tiles)
+    return ALL_SCORES.value + 2 * score_bytes(tiles, step)
 
 
 @gluon.constexpr_function

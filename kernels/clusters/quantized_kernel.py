@@ -5,8 +5,8 @@ which has the fewest, also writes the new token's codes while the first joins wh
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
-# Gluon's types do not know its tensors' operators, its static loops and tuples.
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
+# Gluon's types do not know its tensors' operators, its static loops, conditions and tuples.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,8 +23,9 @@ from qtts_compile.kernels.clusters.attend import (
     store_scores,
     sum_values,
 )
-from qtts_compile.kernels.clusters.coded_keys import largest_of, load_coded_keys, score_codes, store_rotated
-from qtts_compile.kernels.clusters.coded_values import load_coded_values, send_all_columns, store_kept, sum_codes, sum_of
+from qtts_compile.kernels.clusters.coded_keys import load_coded_keys, score_codes, store_rotated
+from qtts_compile.kernels.clusters.coded_values import load_coded_values, sum_codes
+from qtts_compile.kernels.clusters.columns import send_all_columns, store_kept, sum_of
 from qtts_compile.kernels.clusters.encode import write_codes
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
@@ -63,6 +64,7 @@ from qtts_compile.kernels.clusters.memory import (
     score_bytes,
     tiles_of_step,
 )
+from qtts_compile.kernels.clusters.peaks import largest_of
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 
 
@@ -79,9 +81,9 @@ def norm_qkv_quantized_attention_kernel(
     memory, base = allocate(SHARED_BYTES)
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     HAS_MASK: gl.constexpr = Mask_ptr is not None
-    X: gl.constexpr = end_of_scores(TILES)
     STEP: gl.constexpr = tiles_of_step(TILES)
-    STRIDE: gl.constexpr = score_bytes(TILES)  # of a head
+    X: gl.constexpr = end_of_scores(TILES, STEP)
+    STRIDE: gl.constexpr = score_bytes(TILES, STEP)  # of a head
     prepare_barriers(base + ARRIVED)
     k_head, rank = gl.program_id(0), cluster_rank()
 
@@ -166,7 +168,7 @@ def norm_qkv_quantized_attention_kernel(
         sum_codes(base, values, V_codes_ptr, V_scales_ptr, own_tiles, first_slot, TILES)
         store_kept(base, even, odd, head_of_columns, word)
         wait_for_cta()
-        send_all_columns(base, partials)
+        send_all_columns(base, partials, True)
         row_sum += sum_of(base, head)
     else:
         send_partial(even, odd, partials + head_of_columns * (4 * HEAD) + word * 8, base + ARRIVED + 8)

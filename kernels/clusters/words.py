@@ -1,10 +1,12 @@
-"""Words of 32 bits that hold two bfloat16 or float16, and products of matrices of them, for Gluon kernels (PTX ISA)."""
+"""Words of 32 bits that hold two bfloat16 or float16, or eight codes of 4 bits, and products of matrices of them, for Gluon kernels (PTX ISA)."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # Gluon's types do not know its tensors' operators, its static loops and tuples.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.turboquant.levels import TO_BFLOAT16_4
 
 
 @gluon.jit
@@ -24,6 +26,14 @@ def low_float16(words):
     """Return the first of two float16, as float32."""
     return gl.inline_asm_elementwise(
         "{ .reg .b16 half, other; mov.b32 {half, other}, $1; cvt.f32.f16 $0, half; }", "=f,r", [words], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def levels_of_codes(codes):
+    """Return the levels of words of eight codes, as four words of two bfloat16."""
+    return gl.inline_asm_elementwise(
+        TO_BFLOAT16_4, "=&r,=&r,=&r,=&r,r", [codes], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
     )
 
 

@@ -1,4 +1,4 @@
-"""norm_linears of one row and the attention that alone reads its three results, over a short cache -> one kernel per decode step and layer.
+"""norm_linears of one row and the attention that alone reads its three results, over a cache -> one kernel per decode step and layer.
 
 Before, with the caches written in place::
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from torch import fx
 
-from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS
 from qtts_compile.patterns.norm_qkv import join_projections
 from qtts_compile.patterns.scope import Scope
 
@@ -23,4 +22,4 @@ NAME = "norm_qkv_attention"
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
     """Join every attention of one token with the projections before it."""
-    join_projections(graph, scope, NAME, "qk_norm_rope_attention", "k_cache", MAX_SLOTS)
+    join_projections(graph, scope, NAME, "qk_norm_rope_attention", "k_cache")

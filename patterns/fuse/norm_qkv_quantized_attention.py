@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from torch import fx
 
-from qtts_compile.kernels.norm_qkv_quantized_attention import MAX_SLOTS
 from qtts_compile.patterns.norm_qkv import join_projections
 from qtts_compile.patterns.scope import Scope
 
@@ -23,4 +22,4 @@ NAME = "norm_qkv_quantized_attention"
 
 def fuse(graph: fx.Graph, scope: Scope) -> None:
     """Join every attention of one token over a quantised cache with the projections before it."""
-    join_projections(graph, scope, NAME, "qk_norm_rope_quantized_attention", "k_codes", MAX_SLOTS)
+    join_projections(graph, scope, NAME, "qk_norm_rope_quantized_attention", "k_codes")

@@ -98,6 +98,16 @@ def test_sizes_of_the_model(device, hidden, slots, position, variant, kind):
     check(make_arguments(0, (2, 1), slots, position, variant, torch.bfloat16, device, hidden, kind))
 
 
+@pytest.mark.parametrize(("hidden", "slots", "position"), [(512, 272, 100), (2048, 512, -1), (512, 512, 0), (512, 2048, 1999)])
+@pytest.mark.parametrize("kind", ["none", "bool", "causal"])
+def test_more_slots_than_a_cluster_shares(device, hidden, slots, position, kind):
+    """Also where a CTA has more tiles than it requests at once, and where slots behind the new token count."""
+    arguments = make_arguments(0, (2, 1), slots, position, MROPE, torch.bfloat16, device, hidden, "bool" if kind == "causal" else kind)
+    if kind == "causal":
+        arguments[MASK] &= torch.arange(slots, device=device) <= position % slots
+    check(arguments)
+
+
 @settings(max_examples=8)
 @given(
     st.sampled_from([16, 32, 80]).flatmap(lambda s: st.tuples(st.just(s), positions(s, 1))), st.sampled_from([[], [24, 20, 20], [10, 30, 24]]),
@@ -109,7 +119,7 @@ def test_any_place_in_a_cache_that_clusters_serve(device, place, sections, inter
     check(make_arguments(seed, (2, 1), slots, position, variant, torch.bfloat16, device, 512, mask_kind))
 
 
-@pytest.mark.parametrize("slots", [16, 96])
+@pytest.mark.parametrize("slots", [16, 96, 512])
 def test_what_the_mask_excludes_may_hold_anything(device, slots):
     """Also the row that the new key and value replace, and what the mask excludes of those."""
     for is_new_read in (True, False):
@@ -123,7 +133,7 @@ def test_what_the_mask_excludes_may_hold_anything(device, slots):
         assert torch.equal(norm_qkv_attention_triton(*arguments), expected)
 
 
-@pytest.mark.parametrize("slots", [16, 96])
+@pytest.mark.parametrize("slots", [16, 96, 512])
 def test_without_a_key_the_result_is_zero(device, slots):
     arguments = make_arguments(0, (4, 2), slots, 3, MROPE, torch.bfloat16, device, 512)
     arguments[MASK] = torch.zeros(1, 1, 1, slots, dtype=torch.bool, device=device)
@@ -141,14 +151,15 @@ def test_the_first_slots_of_a_longer_cache(device):
         assert torch.equal(cache[:, :, 256:], old[:, :, 256:])
 
 
-def test_every_step_reads_what_the_last_wrote(device):
+@pytest.mark.parametrize("slots", [48, 288])
+def test_every_step_reads_what_the_last_wrote(device, slots):
     """Also by a kernel that may have started before."""
-    arguments = make_arguments(0, (2, 1), 48, 0, MROPE, torch.bfloat16, device, 512)
+    arguments = make_arguments(0, (2, 1), slots, 0, MROPE, torch.bfloat16, device, 512)
     models = [cache.clone() for cache in arguments[CACHES]]
     for position in range(13, 18):
         arguments[0] = random_tensor(position, (1, 1, 512), torch.bfloat16, device)
         arguments[POSITION] = torch.tensor([position], device=device)
-        arguments[MASK] = (torch.arange(48, device=device) <= position).view(1, 1, 1, 48)
+        arguments[MASK] = (torch.arange(slots, device=device) <= position).view(1, 1, 1, slots)
         found = norm_qkv_attention_triton(*arguments)
         expected = norm_qkv_attention_reference(*arguments[:12], *models, *arguments[14:])
         torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps * expected.abs().max().item())
@@ -233,7 +244,7 @@ def test_opcheck(device, dtype):
         (4, lambda weight: weight[:3], ValueError, "q_weight must have the shape"),
         (8, lambda cos: cos[..., :3], ValueError, "cos must have the shape"),
         (12, lambda cache: cache[0], ValueError, "k_cache"),
-        (12, lambda cache: cache.repeat(1, 1, 20, 1), ValueError, "k_cache must have 1 to 256 slots"),
+        (12, lambda cache: cache.repeat(1, 1, 500, 1), ValueError, "k_cache must have 1 to 8192 slots"),
         (13, lambda cache: cache.half(), TypeError, "v_cache"),
         (14, lambda position: position.int(), TypeError, "position must be int64"),
         (15, lambda mask: mask.long(), TypeError, "mask must be bool or floating"),

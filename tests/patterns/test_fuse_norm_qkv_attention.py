@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from rewriting import count, kernels, rewritten
 from test_fuse import HEADS, KV_HEADS, WIDTH, attend, norm, rotate
 
-from qtts_compile.kernels.norm_qkv_attention import MAX_SLOTS
+from qtts_compile.kernels.norm_qkv import MAX_SLOTS
 
 K = 24
 JOINED, APART = {"norm_qkv_attention": 1}, {"norm_linears": 1, "qk_norm_rope_attention": 1}

@@ -11,7 +11,7 @@ from test_fuse_norm_qkv_attention import K, project
 from test_fuse_quantized_attention import SLOTS, WIDTH, layer_inputs
 from test_fuse_quantized_attention import layer as attention
 
-from qtts_compile.kernels.norm_qkv_quantized_attention import MAX_SLOTS
+from qtts_compile.kernels.norm_qkv import MAX_SLOTS
 
 FUSED = "norm_qkv_quantized_attention"
 JOINED, APART = {FUSED: 1}, {"norm_linears": 1, "qk_norm_rope_quantized_attention": 1}

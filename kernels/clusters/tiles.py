@@ -1,4 +1,4 @@
-"""Codes of 4 bits of a warp's tile of 16 slots, as matrices for the tensor cores, for kernels of clusters to use.
+"""Which lane has what of a warp's tile of 16 slots, as matrices for the tensor cores, for kernels of clusters to use.
 
 In the matrices of ``mma.m16n8k16`` a lane has the group g = lane / 4 and the place t = lane % 4 in it.
 """
@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.memory import linear_layout
-from qtts_compile.kernels.turboquant.levels import TO_BFLOAT16_4
 
 
 def _over_quad(op: str) -> str:
@@ -55,14 +54,6 @@ def zeros():
 
 
 @gluon.jit
-def levels_of_codes(codes):
-    """Return the levels of words of eight codes, as four words of two bfloat16."""
-    return gl.inline_asm_elementwise(
-        TO_BFLOAT16_4, "=&r,=&r,=&r,=&r,r", [codes], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
-
-
-@gluon.jit
 def max_of_quad(pairs):
     """Return the maximum of the pairs of four lanes, to each of them."""
     return gl.inline_asm_elementwise(MAX_OF_QUAD, "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2)
@@ -72,3 +63,12 @@ def max_of_quad(pairs):
 def sum_of_quad(pairs):
     """Return the sum of the pairs of four lanes, to each of them."""
     return gl.inline_asm_elementwise(SUM_OF_QUAD, "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2)
+
+
+@gluon.jit
+def each(pair):
+    """Return two tensors: a lane's first number twice, and its second."""
+    return gl.inline_asm_elementwise(
+        "{ mov.b32 $0, $4; mov.b32 $1, $4; mov.b32 $2, $5; mov.b32 $3, $5; }",
+        "=&f,=&f,=&f,=&f,f,f", [pair], dtype=(gl.float32, gl.float32), is_pure=True, pack=2,
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The kernel of ``norm_qkv_attention`` over more slots than a cluster has tiles for in shared memory.
+
+As the one for a few, but the slots that count are dealt out evenly to the 16 CTAs of a cluster, and go from global memory to the tensor cores. Of the
+new token, key and value are read in the shared memory of the last CTA, which writes them into the cache while the first joins what all found.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
+# Gluon's types do not know its tensors' operators, its static loops, conditions and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.attend import (
+    join,
+    keys_layout,
+    load_keys,
+    load_values,
+    places_of_pairs,
+    send_partial,
+    send_stats,
+    store_no_scores,
+    store_result,
+    store_scores,
+    sum_values,
+)
+from qtts_compile.kernels.clusters.columns import send_all_columns, store_kept, sum_of
+from qtts_compile.kernels.clusters.dense_keys import load_dense_keys, score_dense
+from qtts_compile.kernels.clusters.dense_values import load_dense_values, sum_dense
+from qtts_compile.kernels.clusters.heads import request_angles, rotate_heads, store_heads, write_heads
+from qtts_compile.kernels.clusters.instructions import (
+    allocate,
+    announce,
+    arrive_at_cluster,
+    as_words,
+    cluster_rank,
+    expect_bytes,
+    load_floats,
+    prepare_barriers,
+    request_bytes,
+    wait_for_bytes,
+    wait_for_cluster,
+    wait_for_cta,
+    wait_for_inputs,
+)
+from qtts_compile.kernels.clusters.live import any_behind, deal, load_behind, send_flags
+from qtts_compile.kernels.clusters.memory import (
+    ALL_SCORES,
+    ARRIVED,
+    BYTES_OF_FLAGS,
+    BYTES_OF_PARTIAL,
+    GROUP,
+    HEAD,
+    HEAD_WEIGHTS,
+    KEYS,
+    N_CTAS,
+    N_WARPS,
+    PARTIALS,
+    ROW,
+    STATS,
+    end_of_scores,
+    score_bytes,
+)
+from qtts_compile.kernels.clusters.peaks import largest_of
+from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
+
+
+@gluon.jit
+def norm_qkv_long_attention_kernel(
+    X_ptr, Norm_ptr, Q_proj_ptr, K_proj_ptr, V_proj_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_cache_ptr, V_cache_ptr,
+    Position_ptr, Mask_ptr, Out_ptr, eps, q_eps, k_eps, scale, k_stride_h, v_stride_h, stride_axis, S,
+    K: gl.constexpr, TILES: gl.constexpr, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
+    SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
+):  # fmt: skip
+    announce(HAS_PDL)
+    memory, base = allocate(SHARED_BYTES)
+    AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
+    HAS_MASK: gl.constexpr = Mask_ptr is not None
+    X: gl.constexpr = end_of_scores(TILES, N_WARPS)
+    STRIDE: gl.constexpr = score_bytes(TILES, N_WARPS)  # of a head
+    prepare_barriers(base + ARRIVED)
+    expect_bytes(base + ARRIVED, (4 + 2 + 2 * AXES) * ROW + (BYTES_OF_FLAGS if HAS_MASK else 0))
+    expect_bytes(base + ARRIVED + 8, N_CTAS * BYTES_OF_PARTIAL)
+    k_head, rank = gl.program_id(0), cluster_rank()
+
+    # Requests that wait for no other kernel.
+    w_ptrs, tiles = request_rows(Q_proj_ptr, K_proj_ptr, V_proj_ptr, k_head, rank, K)
+    x_words = words_of_x(K)
+    norm = gl.load(as_words(Norm_ptr) + x_words)
+    position = gl.load(Position_ptr, volatile=True)
+    request_bytes(base + HEAD_WEIGHTS, Q_weight_ptr, ROW, base + ARRIVED)
+    request_bytes(base + HEAD_WEIGHTS + ROW, K_weight_ptr, ROW, base + ARRIVED)
+    arrive_at_cluster()
+    wait_for_inputs(HAS_PDL)
+
+    # x first, then what attention needs.
+    x = gl.load(as_words(X_ptr) + x_words)
+    request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES)
+    K_cache_ptr += k_head.to(gl.int64) * k_stride_h
+    V_cache_ptr += k_head.to(gl.int64) * v_stride_h
+    share_x(base + X, x, norm)
+    wait_for_cta()
+
+    # What follows from the position comes after x, which would wait for it: it arrives with the weights.
+    position = gl.where(position < 0, position + S, position)
+    in_cache = (position >= 0) & (position < S)
+    row = gl.where(in_cache, position, 0).to(gl.int32)
+    is_last = rank == N_CTAS - 1
+    if HAS_MASK:
+        is_new_live = gl.load(Mask_ptr + row)
+        behind = load_behind(Mask_ptr, rank, row, S)
+    y = multiply(base + X, w_ptrs, tiles, eps, K)
+    wait_for_cluster()
+    send_rows(y, rank, base, N_CTAS)
+
+    # Most masks let the slots before the new token count, which are requested until all CTAs' looks have arrived. Without a mask all count.
+    if HAS_MASK:
+        send_flags(behind, rank, row, S, base)
+    first_slot, own_tiles = deal((row + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
+    keys = load_dense_keys(K_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
+    values = load_dense_values(V_cache_ptr, 0, own_tiles, first_slot)
+    wait_for_bytes(base + ARRIVED)
+    if HAS_MASK:
+        if any_behind(base):
+            first_slot, own_tiles = deal(S // KEYS, rank)
+            keys = load_dense_keys(K_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
+            values = load_dense_values(V_cache_ptr, 0, own_tiles, first_slot)
+    a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+    store_heads(base, a, b, 0, is_last)
+    wait_for_cta()
+
+    head, key_or_tile, head_of_columns, word = places_of_pairs()
+    if is_last:
+        is_live = gl.arange(0, KEYS, layout=gl.SliceLayout(1, keys_layout())) == 0
+        if HAS_MASK:
+            is_live = is_live & is_new_live.to(gl.int1)
+        store_scores(base + ALL_SCORES, STRIDE, load_keys(base), is_live, scale)
+    else:
+        store_no_scores(base + ALL_SCORES, STRIDE)
+    if own_tiles > 0:
+        score_dense(base, keys, K_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES)
+    v = load_values(base, head, key_or_tile, word)
+    wait_for_cta()
+    scores = load_floats(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :])
+    row_max = gl.max(scores, axis=1)
+    if own_tiles > 0:
+        row_max = largest_of(base, head, row_max)
+    weights, even, odd = sum_values(scores, row_max, v)
+    row_sum = gl.sum(weights, axis=1)
+    partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
+    if own_tiles > 0:
+        sum_dense(base, values, V_cache_ptr, own_tiles, first_slot, TILES)
+        store_kept(base, even, odd, head_of_columns, word)
+        wait_for_cta()
+        send_all_columns(base, partials, False)
+        row_sum += sum_of(base, head)
+    else:
+        send_partial(even, odd, partials + head_of_columns * (4 * HEAD) + word * 8, base + ARRIVED + 8)
+    send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+    if rank == 0:
+        row_sum, even, odd = join(base, head, key_or_tile, word, N_CTAS)
+        store_result(Out_ptr, k_head, row_sum, even, odd)
+        gl.device_assert(in_cache, "kv_write: position is out of range")
+    if is_last:
+        write_heads(a, b, K_cache_ptr, V_cache_ptr, row, in_cache)
+    memory._keep_alive()
