@@ -7,10 +7,11 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.attend import send_columns
+from qtts_compile.kernels.clusters.attend import places_of_pairs, send_columns, send_partial, send_stats, sum_values
 from qtts_compile.kernels.clusters.heads import roles_layout
-from qtts_compile.kernels.clusters.instructions import load_floats, load_shared_2, store_floats
+from qtts_compile.kernels.clusters.instructions import load_floats, load_shared_2, store_floats, wait_for_cta
 from qtts_compile.kernels.clusters.memory import (
+    ALL_SCORES,
     ARRIVED,
     COLUMNS,
     GROUP,
@@ -19,9 +20,12 @@ from qtts_compile.kernels.clusters.memory import (
     KEYS,
     N_WARPS,
     PADDED_HEAD,
+    PARTIALS,
     SCORES_OF_TILES,
+    STATS,
     SUMS,
 )
+from qtts_compile.kernels.clusters.peaks import largest_of
 from qtts_compile.kernels.clusters.rotation import unrotate
 from qtts_compile.kernels.clusters.tiles import places, sum_of_quad, zeros
 
@@ -64,7 +68,39 @@ def store_sums(base, sums, column, NEXT: gl.constexpr):
 
 
 @gluon.jit
-def sum_of(base, head):
+def _offset_of(column):
+    """Return where a column is: after each 16, two are left out, so that lanes meet in few banks."""
+    return (column + column // 16 * 2) * 4
+
+
+@gluon.jit
+def sum_kept(base, head, key_or_tile, v, own_tiles, STRIDE: gl.constexpr):
+    """Return the largest score of both heads, and of the kept tokens the sums of weights and of the even and the odd columns of values."""
+    scores = load_floats(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :])
+    row_max = gl.max(scores, axis=1)
+    if own_tiles > 0:
+        row_max = largest_of(base, head, row_max)
+    weights, even, odd = sum_values(scores, row_max, v)
+    return row_max, gl.sum(weights, axis=1), even, odd
+
+
+@gluon.jit
+def send_sums(base, rank, row_max, row_sum, even, odd, own_tiles, IS_ROTATED: gl.constexpr):
+    """Send what :func:`sum_kept` returned, with what :func:`store_sums` stored of tiles added to it, to the first CTA."""
+    head, _, head_of_columns, word = places_of_pairs()
+    partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
+    if own_tiles > 0:
+        _store_kept(base, even, odd, head_of_columns, word)
+        wait_for_cta()
+        _send_all_columns(base, partials, IS_ROTATED)
+        row_sum += _sum_of(base, head)
+    else:
+        send_partial(even, odd, partials + head_of_columns * (4 * HEAD) + word * 8, base + ARRIVED + 8)
+    send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+
+
+@gluon.jit
+def _sum_of(base, head):
     """Return the sum of the weights of a head's tiles."""
     total = load_floats(base + SUMS + head * 4)
     for warp in gl.static_range(1, N_WARPS):
@@ -73,13 +109,7 @@ def sum_of(base, head):
 
 
 @gluon.jit
-def _offset_of(column):
-    """Return where a column is: after each 16, two are left out, so that lanes meet in few banks."""
-    return (column + column // 16 * 2) * 4
-
-
-@gluon.jit
-def store_kept(base, even, odd, head, word):
+def _store_kept(base, even, odd, head, word):
     """Store both heads' sums of kept values."""
     address = base + KEPT_COLUMNS + head * (4 * HEAD) + word * 8
     store_floats(address, even)
@@ -87,7 +117,7 @@ def store_kept(base, even, odd, head, word):
 
 
 @gluon.jit
-def send_all_columns(base, partials, IS_ROTATED: gl.constexpr):
+def _send_all_columns(base, partials, IS_ROTATED: gl.constexpr):
     """Send both heads' sums of all values, of which those of tiles are rotated back if they must be, to the first CTA."""
     layout: gl.constexpr = roles_layout()
     head = gl.arange(0, 4, layout=gl.SliceLayout(1, layout)) % GROUP

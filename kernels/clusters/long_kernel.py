@@ -17,14 +17,11 @@ from qtts_compile.kernels.clusters.attend import (
     load_keys,
     load_values,
     places_of_pairs,
-    send_partial,
-    send_stats,
     store_no_scores,
     store_result,
     store_scores,
-    sum_values,
 )
-from qtts_compile.kernels.clusters.columns import send_all_columns, store_kept, sum_of
+from qtts_compile.kernels.clusters.columns import send_sums, sum_kept
 from qtts_compile.kernels.clusters.dense_keys import load_dense_keys, score_dense
 from qtts_compile.kernels.clusters.dense_values import load_dense_values, sum_dense
 from qtts_compile.kernels.clusters.heads import request_angles, rotate_heads, store_heads, write_heads
@@ -35,7 +32,6 @@ from qtts_compile.kernels.clusters.instructions import (
     as_words,
     cluster_rank,
     expect_bytes,
-    load_floats,
     prepare_barriers,
     request_bytes,
     wait_for_bytes,
@@ -49,19 +45,14 @@ from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
     BYTES_OF_FLAGS,
     BYTES_OF_PARTIAL,
-    GROUP,
-    HEAD,
     HEAD_WEIGHTS,
     KEYS,
     N_CTAS,
     N_WARPS,
-    PARTIALS,
     ROW,
-    STATS,
     end_of_scores,
     score_bytes,
 )
-from qtts_compile.kernels.clusters.peaks import largest_of
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 
 
@@ -129,7 +120,7 @@ def norm_qkv_long_attention_kernel(
     store_heads(base, a, b, 0, is_last)
     wait_for_cta()
 
-    head, key_or_tile, head_of_columns, word = places_of_pairs()
+    head, key_or_tile, _, word = places_of_pairs()
     if is_last:
         is_live = gl.arange(0, KEYS, layout=gl.SliceLayout(1, keys_layout())) == 0
         if HAS_MASK:
@@ -141,22 +132,10 @@ def norm_qkv_long_attention_kernel(
         score_dense(base, keys, K_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES)
     v = load_values(base, head, key_or_tile, word)
     wait_for_cta()
-    scores = load_floats(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :])
-    row_max = gl.max(scores, axis=1)
-    if own_tiles > 0:
-        row_max = largest_of(base, head, row_max)
-    weights, even, odd = sum_values(scores, row_max, v)
-    row_sum = gl.sum(weights, axis=1)
-    partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
+    row_max, row_sum, even, odd = sum_kept(base, head, key_or_tile, v, own_tiles, STRIDE)
     if own_tiles > 0:
         sum_dense(base, values, V_cache_ptr, own_tiles, first_slot, TILES)
-        store_kept(base, even, odd, head_of_columns, word)
-        wait_for_cta()
-        send_all_columns(base, partials, False)
-        row_sum += sum_of(base, head)
-    else:
-        send_partial(even, odd, partials + head_of_columns * (4 * HEAD) + word * 8, base + ARRIVED + 8)
-    send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+    send_sums(base, rank, row_max, row_sum, even, odd, own_tiles, False)
     if rank == 0:
         row_sum, even, odd = join(base, head, key_or_tile, word, N_CTAS)
         store_result(Out_ptr, k_head, row_sum, even, odd)

@@ -16,16 +16,13 @@ from qtts_compile.kernels.clusters.attend import (
     load_keys,
     load_values,
     places_of_pairs,
-    send_partial,
-    send_stats,
     store_no_scores,
     store_result,
     store_scores,
-    sum_values,
 )
 from qtts_compile.kernels.clusters.coded_keys import load_coded_keys, score_codes, store_rotated
 from qtts_compile.kernels.clusters.coded_values import load_coded_values, sum_codes
-from qtts_compile.kernels.clusters.columns import send_all_columns, store_kept, sum_of
+from qtts_compile.kernels.clusters.columns import send_sums, sum_kept
 from qtts_compile.kernels.clusters.encode import write_codes
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
@@ -35,7 +32,6 @@ from qtts_compile.kernels.clusters.instructions import (
     as_words,
     cluster_rank,
     expect_bytes,
-    load_floats,
     prepare_barriers,
     request_bytes,
     wait_for_bytes,
@@ -50,21 +46,17 @@ from qtts_compile.kernels.clusters.memory import (
     BYTES_OF_FLAGS,
     BYTES_OF_PARTIAL,
     CODE_ROW,
-    GROUP,
     HEAD,
     HEAD_WEIGHTS,
     K_TILE,
     KEYS,
     N_CTAS,
-    PARTIALS,
     ROW,
-    STATS,
     V_TILE,
     end_of_scores,
     score_bytes,
     tiles_of_step,
 )
-from qtts_compile.kernels.clusters.peaks import largest_of
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 
 
@@ -148,7 +140,7 @@ def norm_qkv_quantized_attention_kernel(
         store_rotated(base, a, b)
     wait_for_cta()
 
-    head, key_or_tile, head_of_columns, word = places_of_pairs()
+    head, key_or_tile, _, word = places_of_pairs()
     if own_kept > 0:
         store_scores(base + ALL_SCORES, STRIDE, load_keys(base), is_kept_live, scale)
     else:
@@ -157,22 +149,10 @@ def norm_qkv_quantized_attention_kernel(
         score_codes(base, keys, K_codes_ptr, K_scales_ptr, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
     v = load_values(base, head, key_or_tile, word)
     wait_for_cta()
-    scores = load_floats(base + ALL_SCORES + (head * STRIDE)[:, None] + (key_or_tile * 4)[None, :])
-    row_max = gl.max(scores, axis=1)
-    if own_tiles > 0:
-        row_max = largest_of(base, head, row_max)
-    weights, even, odd = sum_values(scores, row_max, v)
-    row_sum = gl.sum(weights, axis=1)
-    partials = base + PARTIALS + rank * (4 * GROUP * HEAD)
+    row_max, row_sum, even, odd = sum_kept(base, head, key_or_tile, v, own_tiles, STRIDE)
     if own_tiles > 0:
         sum_codes(base, values, V_codes_ptr, V_scales_ptr, own_tiles, first_slot, TILES)
-        store_kept(base, even, odd, head_of_columns, word)
-        wait_for_cta()
-        send_all_columns(base, partials, True)
-        row_sum += sum_of(base, head)
-    else:
-        send_partial(even, odd, partials + head_of_columns * (4 * HEAD) + word * 8, base + ARRIVED + 8)
-    send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+    send_sums(base, rank, row_max, row_sum, even, odd, own_tiles, True)
     if rank == 0:
         row_sum, even, odd = join(base, head, key_or_tile, word, N_CTAS)
         store_result(Out_ptr, k_head, row_sum, even, odd)
