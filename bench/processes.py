@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +23,7 @@ from bench.run import Run, describe, last_line
 from qtts_compile.options import MODES
 
 REPOSITORY = Path(__file__).parent.parent
+SECONDS_TO_TELL = 0.3  # that a job has to write where it is
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -135,8 +138,7 @@ class Bench:
     def _stop(self, number: int, frame: object) -> None:
         """End what runs and begin nothing more: an exception raised here might strike between a process's beginning and its end."""
         self._stopped_by = number
-        for process in self._running:
-            _kill(process)
+        _kill(*self._running)
 
     def _labels(self, job: Job) -> dict[str, Any]:
         return job.labels | ({"size": "tiny"} if self.arguments.tiny and "size" in job.labels else {})
@@ -150,15 +152,16 @@ class Bench:
 
     def _end(self, name: str, process: subprocess.Popen[bytes], rows: Path, limit: float) -> None:
         """Wait for a job, and keep what it has made by its end or by its limit."""
-        fault, started = None, time.monotonic()
+        fault, started, log_path = None, time.monotonic(), rows.with_suffix(".log")
         try:
             if process.wait(limit):
-                told = f"exit status {process.returncode}: {last_line(rows.with_suffix('.log').read_text(errors='replace'))}"
-                fault = told if self._stopped_by is None else f"stopped by {signal.Signals(self._stopped_by).name}"
+                log = log_path.read_text(errors="replace")
+                told = f"exit status {process.returncode}: {last_line(log)}"
+                fault = told if self._stopped_by is None else f"stopped by {signal.Signals(self._stopped_by).name}{place(log)}"
         except subprocess.TimeoutExpired:
-            fault = f"stopped after {limit:g} s"
             _kill(process)
             process.wait()
+            fault = f"stopped after {limit:g} s{place(log_path.read_text(errors='replace'))}"
         self._running.remove(process)
         self._keep([json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [])
         if fault:
@@ -176,10 +179,21 @@ class Bench:
             self.arguments.json.write_text(json.dumps(self.results, indent=1))
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a job and what it has started, unless it has ended."""
-    if process.returncode is None:
-        os.killpg(process.pid, signal.SIGKILL)
+def _kill(*processes: subprocess.Popen[bytes]) -> None:
+    """Kill jobs and what they have started, unless they have ended; each first writes to its log where it is."""
+    running = [process for process in processes if process.returncode is None]
+    for process in running:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(SECONDS_TO_TELL)
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):  # it had not begun to listen, and SIGUSR1 ended it
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def place(log: str) -> str:
+    """Return where a job was that wrote so before it was killed; nothing if it did not come to that."""
+    found = re.search(r'most recent call first\):\n +File "(.*)", line (\d+) in (.*)', log)
+    return f" in {found[3]} ({found[1]}:{found[2]})" if found else ""
 
 
 def machine() -> dict[str, str]:
