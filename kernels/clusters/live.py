@@ -1,4 +1,4 @@
-"""Which slots of a quantised cache an attention reads, for kernels of clusters to use."""
+"""Which slots of a cache an attention reads, and which CTA of a cluster reads them, for kernels of clusters to use."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
