@@ -11,8 +11,8 @@ from qtts_compile.kernels.clusters.instructions import as_words, load_global_4, 
 from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW, score_bytes, tiles_of_step
 from qtts_compile.kernels.clusters.peaks import store_peaks, store_tile
 from qtts_compile.kernels.clusters.rotation import rotate
-from qtts_compile.kernels.clusters.tiles import each, places, zeros
-from qtts_compile.kernels.clusters.words import add_product, high, levels_of_codes, low, low_float16, pack
+from qtts_compile.kernels.clusters.tiles import each, multiply_tile, places, zeros
+from qtts_compile.kernels.clusters.words import high, levels_of_codes, low, low_float16, pack
 from qtts_compile.kernels.turboquant.kept import find_kept
 
 _find_kept = gluon.jit(find_kept.fn)
@@ -87,18 +87,11 @@ def _load_queries(base):
 
 @gluon.jit
 def _score_tile(base, queries, keys, tile, scale, peaks, STRIDE: gl.constexpr):
-    """Store the scores of both heads for a tile of each warp, and -inf for what does not count; return each lane's largest, of both heads."""
+    """Store the scores of both heads for a tile of each warp; return each lane's largest, of both heads."""
     words, scales, is_live = keys
-    # Two sums each, so that half as many products wait for each other.
-    first, second, more_first, more_second = zeros(), zeros(), zeros(), zeros()
+    levels = ()
     for i in gl.static_range(4):
-        levels = levels_of_codes(words[i])
-        first, second = add_product(first, second, levels[0], levels[1], queries[2 * i])
-        more_first, more_second = add_product(more_first, more_second, levels[2], levels[3], queries[2 * i + 1])
-    first, second = first + more_first, second + more_second
-    # A lane's two sums are of one key and both heads, its two scales of one head and both keys.
+        levels = levels + (levels_of_codes(words[i]),)
+    first, second = multiply_tile(levels, queries)
     unit_first, unit_second = each(low_float16(scales) * (scale * LOG2_E))
-    live_first, live_second = each(is_live.to(gl.float32))
-    first = gl.where(live_first != 0, first * unit_first, float("-inf"))
-    second = gl.where(live_second != 0, second * unit_second, float("-inf"))
-    return store_tile(base, first, second, tile, peaks, STRIDE)
+    return store_tile(base, first * unit_first, second * unit_second, is_live, tile, peaks, STRIDE)

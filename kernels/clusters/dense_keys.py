@@ -10,8 +10,7 @@ from triton.experimental.gluon import language as gl
 from qtts_compile.kernels.clusters.instructions import as_words, load_global_4, load_global_byte, load_shared_2
 from qtts_compile.kernels.clusters.memory import GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_HEADS, ROW, score_bytes
 from qtts_compile.kernels.clusters.peaks import store_peaks, store_tile
-from qtts_compile.kernels.clusters.tiles import each, places, zeros
-from qtts_compile.kernels.clusters.words import add_product
+from qtts_compile.kernels.clusters.tiles import multiply_tile, places, zeros
 
 
 @gluon.jit
@@ -53,14 +52,7 @@ def _load_queries(base):
 
 @gluon.jit
 def _score_tile(base, queries, keys, tile, scale, peaks, STRIDE: gl.constexpr):
-    """Store the scores of both heads for a tile of each warp, and -inf for what does not count; return each lane's largest, of both heads."""
+    """Store the scores of both heads for a tile of each warp; return each lane's largest, of both heads."""
     words, is_live = keys
-    # Two sums each, so that half as many products wait for each other.
-    first, second, more_first, more_second = zeros(), zeros(), zeros(), zeros()
-    for i in gl.static_range(4):
-        first, second = add_product(first, second, words[i][0], words[i][1], queries[2 * i])
-        more_first, more_second = add_product(more_first, more_second, words[i][2], words[i][3], queries[2 * i + 1])
-    live_first, live_second = each(is_live.to(gl.float32))
-    first = gl.where(live_first != 0, (first + more_first) * (scale * LOG2_E), float("-inf"))
-    second = gl.where(live_second != 0, (second + more_second) * (scale * LOG2_E), float("-inf"))
-    return store_tile(base, first, second, tile, peaks, STRIDE)
+    first, second = multiply_tile(words, queries)
+    return store_tile(base, first * (scale * LOG2_E), second * (scale * LOG2_E), is_live, tile, peaks, STRIDE)

@@ -22,6 +22,13 @@ def roles_layout():
 
 
 @gluon.jit
+def request_head_weights(base, Q_weight_ptr, K_weight_ptr):
+    """Request the weights of the norms of queries and keys."""
+    request_bytes(base + HEAD_WEIGHTS, Q_weight_ptr, ROW, base + ARRIVED)
+    request_bytes(base + HEAD_WEIGHTS + ROW, K_weight_ptr, ROW, base + ARRIVED)
+
+
+@gluon.jit
 def request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES: gl.constexpr):
     """Request the cosines and sines of a token, for each axis."""
     for axis in gl.static_range(AXES):

@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.attend import attend, join, places_of_pairs, send_partial, send_stats, store_result
-from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads
+from qtts_compile.kernels.clusters.heads import place_heads, request_angles, request_head_weights, rotate_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
     announce,
@@ -35,7 +35,6 @@ from qtts_compile.kernels.clusters.memory import (
     END_OF_PARTIALS,
     GROUP,
     HEAD,
-    HEAD_WEIGHTS,
     K_TILE,
     KEYS,
     MASK,
@@ -72,8 +71,7 @@ def norm_qkv_attention_kernel(
     position = gl.load(Position_ptr, volatile=True)
     position = gl.where(position < 0, position + N_TILES * KEYS, position)
     if attends:
-        request_bytes(base + HEAD_WEIGHTS, Q_weight_ptr, ROW, base + ARRIVED)
-        request_bytes(base + HEAD_WEIGHTS + ROW, K_weight_ptr, ROW, base + ARRIVED)
+        request_head_weights(base, Q_weight_ptr, K_weight_ptr)
     arrive_at_cluster()
     wait_for_inputs(HAS_PDL)
 

@@ -13,6 +13,14 @@ from qtts_compile.kernels.clusters.memory import ARRIVED, FLAGS, KEYS, N_CTAS, N
 
 
 @gluon.jit
+def row_of(position, S):
+    """Return the row of the cache that is written, counted from the end if negative, and whether there is one; row 0 if not."""
+    position = gl.where(position < 0, position + S, position)
+    in_cache = (position >= 0) & (position < S)
+    return gl.where(in_cache, position, 0).to(gl.int32), in_cache
+
+
+@gluon.jit
 def live_kept(Mask_ptr, kept_tile, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
     """Tell which rows of a CTA's tile of kept tokens hold one that is attended to."""
     kept_row = kept_tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, keys_layout()))

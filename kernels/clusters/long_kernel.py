@@ -24,7 +24,7 @@ from qtts_compile.kernels.clusters.attend import (
 from qtts_compile.kernels.clusters.columns import send_sums, sum_kept
 from qtts_compile.kernels.clusters.dense_keys import load_dense_keys, score_dense
 from qtts_compile.kernels.clusters.dense_values import load_dense_values, sum_dense
-from qtts_compile.kernels.clusters.heads import request_angles, rotate_heads, store_heads, write_heads
+from qtts_compile.kernels.clusters.heads import request_angles, request_head_weights, rotate_heads, store_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
     announce,
@@ -33,19 +33,17 @@ from qtts_compile.kernels.clusters.instructions import (
     cluster_rank,
     expect_bytes,
     prepare_barriers,
-    request_bytes,
     wait_for_bytes,
     wait_for_cluster,
     wait_for_cta,
     wait_for_inputs,
 )
-from qtts_compile.kernels.clusters.live import any_behind, deal, load_behind, send_flags
+from qtts_compile.kernels.clusters.live import any_behind, deal, load_behind, row_of, send_flags
 from qtts_compile.kernels.clusters.memory import (
     ALL_SCORES,
     ARRIVED,
     BYTES_OF_FLAGS,
     BYTES_OF_PARTIAL,
-    HEAD_WEIGHTS,
     KEYS,
     N_CTAS,
     N_WARPS,
@@ -79,8 +77,7 @@ def norm_qkv_long_attention_kernel(
     x_words = words_of_x(K)
     norm = gl.load(as_words(Norm_ptr) + x_words)
     position = gl.load(Position_ptr, volatile=True)
-    request_bytes(base + HEAD_WEIGHTS, Q_weight_ptr, ROW, base + ARRIVED)
-    request_bytes(base + HEAD_WEIGHTS + ROW, K_weight_ptr, ROW, base + ARRIVED)
+    request_head_weights(base, Q_weight_ptr, K_weight_ptr)
     arrive_at_cluster()
     wait_for_inputs(HAS_PDL)
 
@@ -93,9 +90,7 @@ def norm_qkv_long_attention_kernel(
     wait_for_cta()
 
     # What follows from the position comes after x, which would wait for it: it arrives with the weights.
-    position = gl.where(position < 0, position + S, position)
-    in_cache = (position >= 0) & (position < S)
-    row = gl.where(in_cache, position, 0).to(gl.int32)
+    row, in_cache = row_of(position, S)
     is_last = rank == N_CTAS - 1
     if HAS_MASK:
         is_new_live = gl.load(Mask_ptr + row)

@@ -10,13 +10,19 @@ from triton.experimental.gluon import language as gl
 from qtts_compile.kernels.clusters.attend import origin_of
 from qtts_compile.kernels.clusters.instructions import load_floats, load_shared_2, store_floats
 from qtts_compile.kernels.clusters.memory import ALL_SCORES, GROUP, KEYS, N_WARPS, PEAKS, SCORES_OF_TILES
-from qtts_compile.kernels.clusters.tiles import max_of_quad, places
+from qtts_compile.kernels.clusters.tiles import each, max_of_quad, places
 
 
 @gluon.jit
-def store_tile(base, first, second, tile, peaks, STRIDE: gl.constexpr):
-    """Store the scores of both heads for the keys g and g + 8 of a tile of each warp; return each lane's largest, of both heads."""
+def store_tile(base, first, second, is_live, tile, peaks, STRIDE: gl.constexpr):
+    """Store the scores of both heads for the keys g and g + 8 of a tile of each warp, and -inf for what does not count.
+
+    Returns each lane's largest, of both heads.
+    """
     warp, g, _, head = places()
+    # A lane's two scores are of one key and both heads, what it knows of keys is of one head and both keys.
+    live_first, live_second = each(is_live.to(gl.float32))
+    first, second = gl.where(live_first != 0, first, float("-inf")), gl.where(live_second != 0, second, float("-inf"))
     address = base + SCORES_OF_TILES + head * STRIDE + ((tile + warp) * KEYS + g) * 4
     store_floats(address, first)
     store_floats(address + 32, second)

@@ -24,7 +24,7 @@ from qtts_compile.kernels.clusters.coded_keys import load_coded_keys, score_code
 from qtts_compile.kernels.clusters.coded_values import load_coded_values, sum_codes
 from qtts_compile.kernels.clusters.columns import send_sums, sum_kept
 from qtts_compile.kernels.clusters.encode import write_codes
-from qtts_compile.kernels.clusters.heads import place_heads, request_angles, rotate_heads, write_heads
+from qtts_compile.kernels.clusters.heads import place_heads, request_angles, request_head_weights, rotate_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
     announce,
@@ -39,7 +39,7 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_cta,
     wait_for_inputs,
 )
-from qtts_compile.kernels.clusters.live import any_behind, deal, live_kept, load_behind, send_flags
+from qtts_compile.kernels.clusters.live import any_behind, deal, live_kept, load_behind, row_of, send_flags
 from qtts_compile.kernels.clusters.memory import (
     ALL_SCORES,
     ARRIVED,
@@ -47,7 +47,6 @@ from qtts_compile.kernels.clusters.memory import (
     BYTES_OF_PARTIAL,
     CODE_ROW,
     HEAD,
-    HEAD_WEIGHTS,
     K_TILE,
     KEYS,
     N_CTAS,
@@ -85,8 +84,7 @@ def norm_qkv_quantized_attention_kernel(
     norm = gl.load(as_words(Norm_ptr) + x_words)
     position = gl.load(Position_ptr, volatile=True)
     start = gl.load(Start_ptr).to(gl.int32)
-    request_bytes(base + HEAD_WEIGHTS, Q_weight_ptr, ROW, base + ARRIVED)
-    request_bytes(base + HEAD_WEIGHTS + ROW, K_weight_ptr, ROW, base + ARRIVED)
+    request_head_weights(base, Q_weight_ptr, K_weight_ptr)
     arrive_at_cluster()
     wait_for_inputs(HAS_PDL)
 
@@ -111,9 +109,7 @@ def norm_qkv_quantized_attention_kernel(
     wait_for_cta()
 
     # What follows from the position comes after x, which would wait for it: it arrives with the weights.
-    position = gl.where(position < 0, position + S, position)
-    in_cache = (position >= 0) & (position < S)
-    row = gl.where(in_cache, position, 0).to(gl.int32)
+    row, in_cache = row_of(position, S)
     kept_row = gl.where(in_cache, SINKS + row % WINDOW, -1)
     is_kept_live = live_kept(Mask_ptr, kept_tile, row, start, SINKS, WINDOW)
     if HAS_MASK:

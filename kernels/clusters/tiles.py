@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.memory import linear_layout
+from qtts_compile.kernels.clusters.words import add_product
 
 
 def _over_quad(op: str) -> str:
@@ -51,6 +52,17 @@ def places():
 def zeros():
     layout: gl.constexpr = lanes_layout()
     return gl.zeros([4, 32, 2], gl.float32, layout=layout)
+
+
+@gluon.jit
+def multiply_tile(words, queries):
+    """Return the products of the keys g and g + 8, four times four words of two bfloat16, with both heads' queries that they meet."""
+    # Two sums each, so that half as many products wait for each other.
+    first, second, more_first, more_second = zeros(), zeros(), zeros(), zeros()
+    for i in gl.static_range(4):
+        first, second = add_product(first, second, words[i][0], words[i][1], queries[2 * i])
+        more_first, more_second = add_product(more_first, more_second, words[i][2], words[i][3], queries[2 * i + 1])
+    return first + more_first, second + more_second
 
 
 @gluon.jit
