@@ -12,7 +12,7 @@ import torch
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
 from qtts_compile.kernels.clusters.long_kernel import norm_qkv_long_attention_kernel
-from qtts_compile.kernels.clusters.memory import HEAD, KEYS, N_WARPS, shared_bytes, tiled_shared_bytes
+from qtts_compile.kernels.clusters.memory import END_OF_COLUMNS, END_OF_PARTIALS, HEAD, KEYS, PARTIALS, shared_bytes
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
@@ -113,10 +113,11 @@ def norm_qkv_attention_triton(
         constants = dict(K=width, **angles.constants)
         tiles, kernel = slots // KEYS.value, norm_qkv_attention_kernel
         if tiles <= clusters.CTAS:
-            constants |= dict(N_TILES=tiles, SHARED_BYTES=shared_bytes(width, tiles))
+            end = END_OF_PARTIALS if tiles > 1 else PARTIALS
+            constants |= dict(N_TILES=tiles, SHARED_BYTES=shared_bytes(width, end.value))
         else:
             tiles, kernel, arguments = cdiv(tiles, clusters.CTAS), norm_qkv_long_attention_kernel, (*arguments, slots)
-            constants |= dict(TILES=tiles, SHARED_BYTES=tiled_shared_bytes(width, tiles, N_WARPS.value))
+            constants |= dict(TILES=tiles, SHARED_BYTES=shared_bytes(width, END_OF_COLUMNS.value))
         if launch(kernel, k_cache.shape[1], x.device, arguments, **constants):
             return out
     heads = as_heads(norm_linears_triton(x, norm_weight, weights, [None] * 3, eps), k_cache.shape[3])

@@ -10,7 +10,7 @@ import torch
 
 from qtts_compile.kernels.checks import check_rank
 from qtts_compile.kernels.clusters import device as clusters
-from qtts_compile.kernels.clusters.memory import HEAD, KEYS, tiled_shared_bytes, tiles_of_step
+from qtts_compile.kernels.clusters.memory import END_OF_COLUMNS, HEAD, KEYS, shared_bytes
 from qtts_compile.kernels.clusters.quantized_kernel import norm_qkv_quantized_attention_kernel
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
@@ -133,7 +133,7 @@ def norm_qkv_quantized_attention_triton(
         out = allocate(x, weights, kept.shape[4])
         width, slots = x.shape[-1], k_codes.shape[2]
         tiles = cdiv(slots, SLOTS_OF_TILES)
-        shared = tiled_shared_bytes(width, tiles, tiles_of_step(tiles))
+        shared = shared_bytes(width, END_OF_COLUMNS.value)
         arguments = (
             x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start, mask, out,
             eps, q_eps, k_eps, scale, slots, k_codes.stride(1), v_codes.stride(1), scales.stride(0), scales.stride(2),

@@ -19,11 +19,11 @@ MIN_PEAK = encode.MIN_PEAK
 
 
 @gluon.jit
-def write_codes(a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is_written):
+def write_codes(base, a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is_written):
     """Write codes and scales of the third and the fourth of four heads, a key and a value, to the pointers, if ``is_written``."""
     layout: gl.constexpr = a.type.layout
     x = low(a), high(a), low(b), high(b)
-    rotated = rotate(x[0], x[1], x[2], x[3])
+    rotated = rotate(base, a, b)
     role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
     peaks = gl.maximum(gl.maximum(_finite_magnitude(x[0]), _finite_magnitude(x[1])), gl.maximum(_finite_magnitude(x[2]), _finite_magnitude(x[3])))

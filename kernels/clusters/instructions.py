@@ -188,6 +188,21 @@ def load_shared_4(addresses):
 
 
 @gluon.jit
+def load_shared_2_each(addresses):
+    """Load two words that follow each other at each address."""
+    return gl.inline_asm_elementwise("ld.shared.v2.b32 {$0, $1}, [$2];", "=r,=r,r", [addresses], dtype=(gl.int32, gl.int32), is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_shared_4_each(addresses):
+    """Load four words that follow each other at each address."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [addresses],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def store_shared(addresses, words, is_stored):
     """Store words of 32 bits where ``is_stored``, an int32, is not zero."""
     gl.inline_asm_elementwise(
@@ -203,6 +218,22 @@ def load_floats(addresses):
 
 
 @gluon.jit
+def load_floats_2(addresses):
+    """Load two float32 that follow each other at each address."""
+    first, second = load_shared_2_each(addresses)
+    return first.to(gl.float32, bitcast=True), second.to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def load_floats_4(addresses):
+    """Load four float32 that follow each other at each address."""
+    words, floats = load_shared_4_each(addresses), ()
+    for i in gl.static_range(4):
+        floats = floats + (words[i].to(gl.float32, bitcast=True),)
+    return floats
+
+
+@gluon.jit
 def store_floats(addresses, values):
     """Store a float32 at each address."""
     store_shared(addresses, values.to(gl.int32, bitcast=True), addresses * 0 + 1)
@@ -215,6 +246,14 @@ def store_shared_2(addresses, values):
         "{ st.shared.v2.f32 [$2], {$4, $5}; mov.u32 $0, 0; mov.u32 $1, 0; }",
         "=r,=r,r,r,f,f", [addresses, values], dtype=gl.int32, is_pure=False, pack=2,
     )  # fmt: skip
+
+
+@gluon.jit
+def store_shared_2_each(addresses, first, second):
+    """Store two float32 that follow each other at each address."""
+    gl.inline_asm_elementwise(
+        "{ st.shared.v2.f32 [$1], {$2, $3}; mov.u32 $0, 0; }", "=r,r,f,f", [addresses, first, second], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

@@ -12,7 +12,7 @@ there when it has arrived; all else that is read was requested before. Only the 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.attend import attend, join, places_of_pairs, send_partial, send_stats, store_result
+from qtts_compile.kernels.clusters.attend import attend, send, store
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, request_head_weights, rotate_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
@@ -28,19 +28,18 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_cta,
     wait_for_inputs,
 )
+from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
     BYTES_OF_PARTIAL,
     BYTES_TO_ATTEND,
     END_OF_PARTIALS,
-    GROUP,
     HEAD,
     K_TILE,
     KEYS,
     MASK,
     PARTIALS,
     ROW,
-    STATS,
     V_TILE,
 )
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
@@ -96,15 +95,13 @@ def norm_qkv_attention_kernel(
         a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
         place_heads(base, a, b, k_head_ptr, v_head_ptr, position, rank)
         wait_for_cta()
-        head, key_or_tile, head_of_columns, word = places_of_pairs()
-        row_max, row_sum, even, odd = attend(base, scale, head, key_or_tile, word, Mask_ptr is not None)
+        row_max, row_sum, even, odd = attend(base, scale, Mask_ptr is not None)
         if N_TILES > 1:
-            partials = base + PARTIALS + rank * (4 * GROUP * HEAD) + head_of_columns * (4 * HEAD) + word * 8
-            send_partial(even, odd, partials, base + ARRIVED + 8)
-            send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+            send(base, rank, row_max, row_sum, even, odd)
         if rank == 0:
             if N_TILES > 1:
-                row_sum, even, odd = join(base, head, key_or_tile, word, N_TILES)
-            store_result(Out_ptr, k_head, row_sum, even, odd)
+                store_joined(base, Out_ptr, k_head, N_TILES)
+            else:
+                store(Out_ptr, k_head, row_sum, even, odd)
             gl.device_assert((position >= 0) & (position < N_TILES * KEYS), "kv_write: position is out of range")
     memory._keep_alive()

@@ -7,9 +7,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.attend import keys_layout
 from qtts_compile.kernels.clusters.instructions import as_words
 from qtts_compile.kernels.clusters.memory import ARRIVED, FLAGS, KEYS, N_CTAS, N_WARPS, linear_layout
+from qtts_compile.kernels.clusters.tiles import places
 
 
 @gluon.jit
@@ -22,8 +22,9 @@ def row_of(position, S):
 
 @gluon.jit
 def live_kept(Mask_ptr, kept_tile, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
-    """Tell which rows of a CTA's tile of kept tokens hold one that is attended to."""
-    kept_row = kept_tile * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, keys_layout()))
+    """Tell which rows g and g + 8 of a CTA's tile of kept tokens hold one that is attended to."""
+    _, g, _, which = places()
+    kept_row = kept_tile * KEYS + g + 8 * which
     age = row % WINDOW - (kept_row - SINKS)
     slot = gl.where(kept_row < SINKS, start + kept_row, row - gl.where(age < 0, age + WINDOW, age))
     is_sink = (slot >= start) & (slot < start + SINKS)
@@ -35,7 +36,7 @@ def live_kept(Mask_ptr, kept_tile, row, start, SINKS: gl.constexpr, WINDOW: gl.c
 
 
 @gluon.constexpr_function
-def _threads_layout():
+def threads_layout():
     """An element of each thread [128]."""
     return linear_layout([], [[2**i] for i in range(5)], [[32], [64]], [32 * N_WARPS.value])
 
@@ -43,7 +44,7 @@ def _threads_layout():
 @gluon.jit
 def _word_of_thread(rank, S):
     """Return the number of each thread's word in a CTA's share of a mask of up to 8192 bytes, and whether there is one."""
-    layout: gl.constexpr = _threads_layout()
+    layout: gl.constexpr = threads_layout()
     n_words = (S // 4 + N_CTAS - 1) // N_CTAS
     thread = gl.arange(0, 32 * N_WARPS, layout=layout)
     word = rank * n_words + thread
@@ -96,6 +97,6 @@ def any_behind(base):
 
 @gluon.jit
 def deal(n_tiles, rank):
-    """Return the first slot that a CTA of the cluster attends to, and how many tiles."""
-    most = (n_tiles + N_CTAS - 1) // N_CTAS
+    """Return the first slot that a CTA of the cluster attends to, and how many tiles: as many for each warp, so that the last CTAs may have none."""
+    most = (n_tiles + N_CTAS * N_WARPS - 1) // (N_CTAS * N_WARPS) * N_WARPS
     return rank * most * KEYS, gl.minimum(gl.maximum(n_tiles - rank * most, 0), most)

@@ -1,7 +1,8 @@
 """The kernel of ``norm_qkv_attention`` over more slots than a cluster has tiles for in shared memory.
 
-As the one for a few, but the slots that count are dealt out evenly to the 16 CTAs of a cluster, and go from global memory to the tensor cores. Of the
-new token, key and value are read in the shared memory of the last CTA, which writes them into the cache while the first joins what all found.
+As the one for a few, but the slots that count are dealt out to the CTAs of a cluster, as many to each warp, and go from global memory to the tensor
+cores. Of the new token, key and value are read in the shared memory of the last CTA, which has the fewest slots and writes them into the cache while
+the first joins what all found.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -11,19 +12,8 @@ new token, key and value are read in the shared memory of the last CTA, which wr
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.attend import (
-    join,
-    keys_layout,
-    load_keys,
-    load_values,
-    places_of_pairs,
-    store_no_scores,
-    store_result,
-    store_scores,
-)
-from qtts_compile.kernels.clusters.columns import send_sums, sum_kept
-from qtts_compile.kernels.clusters.dense_keys import load_dense_keys, score_dense
-from qtts_compile.kernels.clusters.dense_values import load_dense_values, sum_dense
+from qtts_compile.kernels.clusters.columns import send_all, store_found_in_shared_tile, store_found_in_tiles
+from qtts_compile.kernels.clusters.dense_tiles import attend_to_shared_tile, attend_to_tiles, load_tile
 from qtts_compile.kernels.clusters.heads import request_angles, request_head_weights, rotate_heads, store_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
@@ -38,20 +28,11 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_cta,
     wait_for_inputs,
 )
+from qtts_compile.kernels.clusters.join import send_found, store_joined
 from qtts_compile.kernels.clusters.live import any_behind, deal, load_behind, row_of, send_flags
-from qtts_compile.kernels.clusters.memory import (
-    ALL_SCORES,
-    ARRIVED,
-    BYTES_OF_FLAGS,
-    BYTES_OF_PARTIAL,
-    KEYS,
-    N_CTAS,
-    N_WARPS,
-    ROW,
-    end_of_scores,
-    score_bytes,
-)
+from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_FLAGS, BYTES_OF_PARTIAL, END_OF_COLUMNS, KEYS, N_CTAS, PADDED_HEAD, ROW
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
+from qtts_compile.kernels.clusters.tiles import places
 
 
 @gluon.jit
@@ -65,8 +46,6 @@ def norm_qkv_long_attention_kernel(
     memory, base = allocate(SHARED_BYTES)
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     HAS_MASK: gl.constexpr = Mask_ptr is not None
-    X: gl.constexpr = end_of_scores(TILES, N_WARPS)
-    STRIDE: gl.constexpr = score_bytes(TILES, N_WARPS)  # of a head
     prepare_barriers(base + ARRIVED)
     expect_bytes(base + ARRIVED, (4 + 2 + 2 * AXES) * ROW + (BYTES_OF_FLAGS if HAS_MASK else 0))
     expect_bytes(base + ARRIVED + 8, N_CTAS * BYTES_OF_PARTIAL)
@@ -86,7 +65,7 @@ def norm_qkv_long_attention_kernel(
     request_angles(base, Cos_ptr, Sin_ptr, stride_axis, AXES)
     K_cache_ptr += k_head.to(gl.int64) * k_stride_h
     V_cache_ptr += k_head.to(gl.int64) * v_stride_h
-    share_x(base + X, x, norm)
+    share_x(base + END_OF_COLUMNS, x, norm)
     wait_for_cta()
 
     # What follows from the position comes after x, which would wait for it: it arrives with the weights.
@@ -95,7 +74,7 @@ def norm_qkv_long_attention_kernel(
     if HAS_MASK:
         is_new_live = gl.load(Mask_ptr + row)
         behind = load_behind(Mask_ptr, rank, row, S)
-    y = multiply(base + X, w_ptrs, tiles, eps, K)
+    y = multiply(base + END_OF_COLUMNS, w_ptrs, tiles, eps, K)
     wait_for_cluster()
     send_rows(y, rank, base, N_CTAS)
 
@@ -103,37 +82,35 @@ def norm_qkv_long_attention_kernel(
     if HAS_MASK:
         send_flags(behind, rank, row, S, base)
     first_slot, own_tiles = deal((row + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
-    keys = load_dense_keys(K_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
-    values = load_dense_values(V_cache_ptr, 0, own_tiles, first_slot)
+    tile = load_tile(K_cache_ptr, V_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
     wait_for_bytes(base + ARRIVED)
     if HAS_MASK:
         if any_behind(base):
             first_slot, own_tiles = deal(S // KEYS, rank)
-            keys = load_dense_keys(K_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
-            values = load_dense_values(V_cache_ptr, 0, own_tiles, first_slot)
+            tile = load_tile(K_cache_ptr, V_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
     a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
     store_heads(base, a, b, 0, is_last)
     wait_for_cta()
 
-    head, key_or_tile, _, word = places_of_pairs()
-    if is_last:
-        is_live = gl.arange(0, KEYS, layout=gl.SliceLayout(1, keys_layout())) == 0
+    if own_tiles > 0:
+        found_in_tiles = attend_to_tiles(base, tile, K_cache_ptr, V_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES)
+        store_found_in_tiles(base, found_in_tiles, 8 * places()[1], PADDED_HEAD // 2)
+    # The new token, and nothing where there is no tile.
+    if is_last | (own_tiles == 0):
+        warp, g, _, which = places()
+        is_live = (g + 8 * which == 0) & (warp * 0 + is_last.to(gl.int32) != 0)
         if HAS_MASK:
             is_live = is_live & is_new_live.to(gl.int1)
-        store_scores(base + ALL_SCORES, STRIDE, load_keys(base), is_live, scale)
-    else:
-        store_no_scores(base + ALL_SCORES, STRIDE)
+        found = attend_to_shared_tile(base, is_live, scale)
+        if own_tiles > 0:
+            store_found_in_shared_tile(base, found)
+        else:
+            send_found(base, rank, found)
     if own_tiles > 0:
-        score_dense(base, keys, K_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES)
-    v = load_values(base, head, key_or_tile, word)
-    wait_for_cta()
-    row_max, row_sum, even, odd = sum_kept(base, head, key_or_tile, v, own_tiles, STRIDE)
-    if own_tiles > 0:
-        sum_dense(base, values, V_cache_ptr, own_tiles, first_slot, TILES)
-    send_sums(base, rank, row_max, row_sum, even, odd, own_tiles, False)
+        wait_for_cta()
+        send_all(base, rank, is_last, False)
     if rank == 0:
-        row_sum, even, odd = join(base, head, key_or_tile, word, N_CTAS)
-        store_result(Out_ptr, k_head, row_sum, even, odd)
+        store_joined(base, Out_ptr, k_head, N_CTAS)
         gl.device_assert(in_cache, "kv_write: position is out of range")
     if is_last:
         write_heads(a, b, K_cache_ptr, V_cache_ptr, row, in_cache)

@@ -34,49 +34,29 @@ BYTES_TO_ATTEND = gl.constexpr((4 + 2 * 16 + 2) * 256)  # products, keys and val
 BYTES_OF_PARTIAL = gl.constexpr(2 * (4 * 128 + 8))
 
 # ... and of one that attends to many tiles
-PEAKS = gl.constexpr(1792)  # [4 warps, 2] float32: the largest scores of tiles
-SUMS = gl.constexpr(1824)  # [4 warps, 2] float32: of their weights
+PEAKS = gl.constexpr(1792)  # [2, 4 warps] float32: the largest scores in tiles
+SUMS = gl.constexpr(1824)  # [2, 4 warps] float32: of their weights
+KEPT_STATS = gl.constexpr(1856)  # [2] of maximum and sum: of kept tokens
 Q_ROTATED = gl.constexpr(28928)  # [2, 128] bfloat16
 FLAGS = gl.constexpr(29440)  # [16 CTAs, 4 warps]: whether the mask lets slots behind the new token count; then
 KEPT_COLUMNS = gl.constexpr(29440)  # [2, 128] float32: sums of kept values
 COLUMNS = gl.constexpr(30464)  # [4 warps, 2, 144] float32: sums of values of tiles
-ALL_SCORES = gl.constexpr(35072)  # [2, 16 + slots of a CTA] float32: of kept tokens, then of tiles
-SCORES_OF_TILES = gl.constexpr(ALL_SCORES.value + 4 * KEYS.value)
+SIGNS = gl.constexpr(35072)  # [64] of two bfloat16: of a rotation
+END_OF_COLUMNS = gl.constexpr(35328)
 PADDED_HEAD = gl.constexpr(576)  # of float32
 CODE_ROW = gl.constexpr(64)  # of 128 codes of 4 bits
 BYTES_OF_FLAGS = gl.constexpr(4 * CTAS * WARPS)
 
 
-def shared_bytes(width: int, tiles: int) -> int:
-    """Return the shared memory of a CTA: with x in float32 and a sum of each thread's squares after what attention needs."""
-    return (END_OF_PARTIALS.value if tiles > 1 else PARTIALS.value) + _bytes_of_x(width)
-
-
-def tiled_shared_bytes(width: int, tiles: int, step: int) -> int:
-    """Return the shared memory of a CTA that attends to so many tiles, as many at a time as a step has."""
-    return end_of_scores(tiles, step) + _bytes_of_x(width)
-
-
-def _bytes_of_x(width: int) -> int:
-    return 4 * width + 4 * 32 * WARPS
+def shared_bytes(width: int, end: int) -> int:
+    """Return the shared memory of a CTA: with x in float32 and a sum of each thread's squares after what attention needs, which has this ``end``."""
+    return end + 4 * width + 4 * 32 * WARPS
 
 
 @gluon.constexpr_function
 def tiles_of_step(tiles):
     """Return how many of a CTA's tiles of codes are requested at once; of bfloat16 it is one for each warp."""
     return WARPS * min(TILES_OF_WARP.value, (tiles + WARPS - 1) // WARPS)
-
-
-@gluon.constexpr_function
-def score_bytes(tiles, step):
-    """Return the size of a head's scores of kept tokens and of so many tiles, in whole steps."""
-    return 4 * KEYS.value * (1 + (tiles + step - 1) // step * step)
-
-
-@gluon.constexpr_function
-def end_of_scores(tiles, step):
-    """Return what is behind the scores of both heads."""
-    return ALL_SCORES.value + 2 * score_bytes(tiles, step)
 
 
 @gluon.constexpr_function

@@ -1,7 +1,7 @@
 """The kernel of ``norm_qkv_quantized_attention``: as ``norm_qkv_attention``'s, over codes of 4 bits and kept tokens, however many slots there are.
 
-The slots whose codes count are dealt out evenly to the 16 CTAs of a cluster, and so are the kept tokens, of which the new one is one. The last CTA,
-which has the fewest, also writes the new token's codes while the first joins what all found.
+The slots whose codes count are dealt out to the CTAs of a cluster, as many to each warp, from the first on, and from the last on the kept tokens, of
+which the new one is one. The last CTA also writes the new token's codes while the first joins what all found.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -11,18 +11,9 @@ which has the fewest, also writes the new token's codes while the first joins wh
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.attend import (
-    join,
-    load_keys,
-    load_values,
-    places_of_pairs,
-    store_no_scores,
-    store_result,
-    store_scores,
-)
-from qtts_compile.kernels.clusters.coded_keys import load_coded_keys, score_codes, store_rotated
-from qtts_compile.kernels.clusters.coded_values import load_coded_values, sum_codes
-from qtts_compile.kernels.clusters.columns import send_sums, sum_kept
+from qtts_compile.kernels.clusters.coded_tiles import attend_to_codes, load_coded_tiles, store_rotated
+from qtts_compile.kernels.clusters.columns import send_all, store_found_in_shared_tile, store_found_in_tiles
+from qtts_compile.kernels.clusters.dense_tiles import attend_to_shared_tile
 from qtts_compile.kernels.clusters.encode import write_codes
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, request_head_weights, rotate_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
@@ -39,24 +30,25 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_cta,
     wait_for_inputs,
 )
+from qtts_compile.kernels.clusters.join import send_found, store_joined
 from qtts_compile.kernels.clusters.live import any_behind, deal, live_kept, load_behind, row_of, send_flags
 from qtts_compile.kernels.clusters.memory import (
-    ALL_SCORES,
     ARRIVED,
     BYTES_OF_FLAGS,
     BYTES_OF_PARTIAL,
     CODE_ROW,
+    END_OF_COLUMNS,
     HEAD,
     K_TILE,
     KEYS,
     N_CTAS,
     ROW,
     V_TILE,
-    end_of_scores,
-    score_bytes,
     tiles_of_step,
 )
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
+from qtts_compile.kernels.clusters.rotation import store_signs
+from qtts_compile.kernels.clusters.tiles import places
 
 
 @gluon.jit
@@ -73,8 +65,6 @@ def norm_qkv_quantized_attention_kernel(
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     HAS_MASK: gl.constexpr = Mask_ptr is not None
     STEP: gl.constexpr = tiles_of_step(TILES)
-    X: gl.constexpr = end_of_scores(TILES, STEP)
-    STRIDE: gl.constexpr = score_bytes(TILES, STEP)  # of a head
     prepare_barriers(base + ARRIVED)
     k_head, rank = gl.program_id(0), cluster_rank()
 
@@ -85,6 +75,7 @@ def norm_qkv_quantized_attention_kernel(
     position = gl.load(Position_ptr, volatile=True)
     start = gl.load(Start_ptr).to(gl.int32)
     request_head_weights(base, Q_weight_ptr, K_weight_ptr)
+    store_signs(base)
     arrive_at_cluster()
     wait_for_inputs(HAS_PDL)
 
@@ -98,6 +89,7 @@ def norm_qkv_quantized_attention_kernel(
     V_codes_ptr += k_head * v_codes_stride_h
     K_scales_ptr = Scales_ptr + k_head * scales_stride_h
     V_scales_ptr = K_scales_ptr + scales_stride
+    pointers = K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr
     K_kept_ptr = Kept_ptr + k_head * kept_stride_h
     V_kept_ptr = K_kept_ptr + kept_stride
     if own_kept > 0:
@@ -105,7 +97,7 @@ def norm_qkv_quantized_attention_kernel(
         request_bytes(base + V_TILE, V_kept_ptr + kept_tile * (KEYS * HEAD), own_kept * ROW, base + ARRIVED)
     expect_bytes(base + ARRIVED, (4 + 2 + 2 * AXES) * ROW + own_kept * (2 * ROW) + (BYTES_OF_FLAGS if HAS_MASK else 0))
     expect_bytes(base + ARRIVED + 8, N_CTAS * BYTES_OF_PARTIAL)
-    share_x(base + X, x, norm)
+    share_x(base + END_OF_COLUMNS, x, norm)
     wait_for_cta()
 
     # What follows from the position comes after x, which would wait for it: it arrives with the weights.
@@ -114,7 +106,7 @@ def norm_qkv_quantized_attention_kernel(
     is_kept_live = live_kept(Mask_ptr, kept_tile, row, start, SINKS, WINDOW)
     if HAS_MASK:
         behind = load_behind(Mask_ptr, rank, row, S)
-    y = multiply(base + X, w_ptrs, tiles, eps, K)
+    y = multiply(base + END_OF_COLUMNS, w_ptrs, tiles, eps, K)
     wait_for_cluster()
     send_rows(y, rank, base, N_CTAS)
 
@@ -122,39 +114,36 @@ def norm_qkv_quantized_attention_kernel(
     if HAS_MASK:
         send_flags(behind, rank, row, S, base)
     first_slot, own_tiles = deal((gl.maximum(row + 1 - WINDOW, 0) + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
-    keys = load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
-    values = load_coded_values(V_codes_ptr, V_scales_ptr, 0, own_tiles, first_slot, STEP)
+    codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
     wait_for_bytes(base + ARRIVED)
     if HAS_MASK:
         if any_behind(base):
             first_slot, own_tiles = deal(S // KEYS, rank)
-            keys = load_coded_keys(K_codes_ptr, K_scales_ptr, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
-            values = load_coded_values(V_codes_ptr, V_scales_ptr, 0, own_tiles, first_slot, STEP)
+            codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
     a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
     place_heads(base, a, b, K_kept_ptr, V_kept_ptr, kept_row, kept_tile)
     if own_tiles > 0:
         store_rotated(base, a, b)
     wait_for_cta()
 
-    head, key_or_tile, _, word = places_of_pairs()
-    if own_kept > 0:
-        store_scores(base + ALL_SCORES, STRIDE, load_keys(base), is_kept_live, scale)
-    else:
-        store_no_scores(base + ALL_SCORES, STRIDE)
     if own_tiles > 0:
-        score_codes(base, keys, K_codes_ptr, K_scales_ptr, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
-    v = load_values(base, head, key_or_tile, word)
-    wait_for_cta()
-    row_max, row_sum, even, odd = sum_kept(base, head, key_or_tile, v, own_tiles, STRIDE)
+        found_in_codes = attend_to_codes(base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
+        store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
+    # Kept tokens, and nothing where there is neither these nor a tile of codes.
+    if (own_kept > 0) | (own_tiles == 0):
+        found = attend_to_shared_tile(base, is_kept_live, scale)
+        if own_tiles > 0:
+            store_found_in_shared_tile(base, found)
+        else:
+            send_found(base, rank, found)
     if own_tiles > 0:
-        sum_codes(base, values, V_codes_ptr, V_scales_ptr, own_tiles, first_slot, TILES)
-    send_sums(base, rank, row_max, row_sum, even, odd, own_tiles, True)
+        wait_for_cta()
+        send_all(base, rank, own_kept > 0, True)
     if rank == 0:
-        row_sum, even, odd = join(base, head, key_or_tile, word, N_CTAS)
-        store_result(Out_ptr, k_head, row_sum, even, odd)
+        store_joined(base, Out_ptr, k_head, N_CTAS)
         gl.device_assert(in_cache, "kv_write: position is out of range")
     if rank == N_CTAS - 1:
         is_sink = in_cache & (row >= start) & (row < start + SINKS)
         write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)
-        write_codes(a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
+        write_codes(base, a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
     memory._keep_alive()

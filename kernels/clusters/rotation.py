@@ -7,7 +7,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.memory import HEAD
+from qtts_compile.kernels.clusters.instructions import load_shared, store_shared
+from qtts_compile.kernels.clusters.live import threads_layout
+from qtts_compile.kernels.clusters.memory import HEAD, N_WARPS, SIGNS
+from qtts_compile.kernels.clusters.words import high, low
 from qtts_compile.kernels.turboquant.rotation import is_minus
 
 _is_minus = gluon.jit(is_minus.fn)
@@ -23,39 +26,55 @@ def _with_partner(x, lane_bit, sign):
 
 
 @gluon.jit
-def _hadamard(a0, a1, b0, b1):
-    """Multiply by the Hadamard matrix: a lane has the columns 2 l and 2 l + 1 of both halves of a head."""
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, a0.type.layout))
-    a0, a1, b0, b1 = a0 + a1, a0 - a1, b0 + b1, b0 - b1
-    a0, a1, b0, b1 = a0 + b0, a1 + b1, a0 - b0, a1 - b1
+def _over_lanes(x):
+    """Multiply by the Hadamard matrix what the lanes of a warp have."""
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, x.type.layout))
     for bit in gl.static_range(5):
-        sign = gl.where(lane & (1 << bit) == 0, 1.0, -1.0)[None, :]
-        a0, a1 = _with_partner(a0, 1 << bit, sign), _with_partner(a1, 1 << bit, sign)
-        b0, b1 = _with_partner(b0, 1 << bit, sign), _with_partner(b1, 1 << bit, sign)
-    return a0, a1, b0, b1
+        x = _with_partner(x, 1 << bit, gl.where(lane & (1 << bit) == 0, 1.0, -1.0)[None, :])
+    return x
 
 
 @gluon.jit
-def _flip(x, column):
-    sign = gl.broadcast(_is_minus(column)[None, :], x)[0]
-    return gl.where(sign, -x, x)
+def store_signs(base):
+    """Store the signs of a rotation as the highest bits of bfloat16, for all later rotations."""
+    layout: gl.constexpr = threads_layout()
+    word = gl.arange(0, 32 * N_WARPS, layout=layout) % (HEAD // 2)
+    signs = gl.where(_is_minus(2 * word), 0x8000, 0) | (_is_minus(2 * word + 1).to(gl.int32) << 31)
+    store_shared(base + SIGNS + word * 4, signs, word * 0 + 1)
 
 
 @gluon.jit
-def _flip_all(a0, a1, b0, b1):
-    column = 2 * gl.arange(0, 32, layout=gl.SliceLayout(0, a0.type.layout))
-    return _flip(a0, column), _flip(a1, column + 1), _flip(b0, column + HEAD // 2), _flip(b1, column + HEAD // 2 + 1)
+def _signs(base, half, like):
+    """Return the signs of the words of lanes in a half of a head."""
+    return load_shared(base + SIGNS + half * (HEAD // 2 * 2) + gl.arange(0, 32, layout=gl.SliceLayout(0, like.type.layout)) * 4)
 
 
 @gluon.jit
-def rotate(a0, a1, b0, b1):
-    """Rotate float32 heads as ``turboquant.rotation`` does, but for the factor ``HEAD ** -0.5``."""
-    a0, a1, b0, b1 = _flip_all(a0, a1, b0, b1)
-    return _hadamard(a0, a1, b0, b1)
+def rotate(base, a, b):
+    """Rotate heads as ``turboquant.rotation`` does, but for the factor ``HEAD ** -0.5``: of words l of both halves, return the columns in float32."""
+    a, b = a ^ _signs(base, 0, a)[None, :], b ^ _signs(base, 1, b)[None, :]
+    a0, a1, b0, b1 = low(a), high(a), low(b), high(b)
+    a0, a1, b0, b1 = a0 + a1, a0 - a1, b0 + b1, b0 - b1
+    return _over_lanes(a0 + b0), _over_lanes(a1 + b1), _over_lanes(a0 - b0), _over_lanes(a1 - b1)
 
 
 @gluon.jit
-def unrotate(a0, a1, b0, b1):
-    """Invert :func:`rotate`, but for a factor of ``HEAD``."""
-    a0, a1, b0, b1 = _hadamard(a0, a1, b0, b1)
-    return _flip_all(a0, a1, b0, b1)
+def with_other_half(own, other, half):
+    """Return the part in a rotation back of a column of each half of a head."""
+    return gl.where(half[:, None] == 0, own + other, other - own)
+
+
+@gluon.jit
+def unrotate_half(base, even, odd, half):
+    """Rotate back columns of which each warp has a half, from :func:`with_other_half`."""
+    root: gl.constexpr = HEAD.value**-0.5
+    even, odd = _over_lanes((even + odd) * root), _over_lanes((even - odd) * root)
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, even.type.layout))
+    signs = load_shared(base + SIGNS + (half * HEAD)[:, None] + (lane * 4)[None, :])
+    return _flipped(even, signs << 16), _flipped(odd, signs)
+
+
+@gluon.jit
+def _flipped(x, signs):
+    """Return float32 with the highest bits of words as their signs' change."""
+    return (x.to(gl.int32, bitcast=True) ^ (signs & -0x80000000)).to(gl.float32, bitcast=True)

@@ -14,20 +14,20 @@ from qtts_compile.kernels.clusters.memory import linear_layout
 from qtts_compile.kernels.clusters.words import add_product
 
 
-def _over_quad(op: str) -> str:
-    """Return PTX that joins the pairs of four lanes by an instruction, and gives each lane the result twice."""
+def _over_groups(op: str) -> str:
+    """Return PTX that joins, by an instruction, what the lanes of the same place t have."""
     return f"""{{
         .reg .f32 x, y;
-        {op}.f32 x, $2, $3;
-        shfl.sync.bfly.b32 y, x, 1, 31, -1;
+        shfl.sync.bfly.b32 y, $1, 4, 31, -1;
+        {op}.f32 x, $1, y;
+        shfl.sync.bfly.b32 y, x, 8, 31, -1;
         {op}.f32 x, x, y;
-        shfl.sync.bfly.b32 y, x, 2, 31, -1;
+        shfl.sync.bfly.b32 y, x, 16, 31, -1;
         {op}.f32 $0, x, y;
-        mov.b32 $1, $0;
         }}"""
 
 
-MAX_OF_QUAD, SUM_OF_QUAD = gl.constexpr(_over_quad("max")), gl.constexpr(_over_quad("add"))
+MAX_OF_GROUPS, SUM_OF_GROUPS = gl.constexpr(_over_groups("max")), gl.constexpr(_over_groups("add"))
 
 
 @gluon.constexpr_function
@@ -57,24 +57,26 @@ def zeros():
 @gluon.jit
 def multiply_tile(words, queries):
     """Return the products of the keys g and g + 8, four times four words of two bfloat16, with both heads' queries that they meet."""
-    # Two sums each, so that half as many products wait for each other.
-    first, second, more_first, more_second = zeros(), zeros(), zeros(), zeros()
-    for i in gl.static_range(4):
-        first, second = add_product(first, second, words[i][0], words[i][1], queries[2 * i])
-        more_first, more_second = add_product(more_first, more_second, words[i][2], words[i][3], queries[2 * i + 1])
-    return first + more_first, second + more_second
+    # Four sums each, so that fewer products wait for each other.
+    first, second = (), ()
+    for i in gl.static_range(2):
+        for j in gl.static_range(2):
+            both = add_product(zeros(), zeros(), words[i][2 * j], words[i][2 * j + 1], queries[2 * i + j])
+            both = add_product(both[0], both[1], words[i + 2][2 * j], words[i + 2][2 * j + 1], queries[2 * i + j + 4])
+            first, second = first + (both[0],), second + (both[1],)
+    return (first[0] + first[1]) + (first[2] + first[3]), (second[0] + second[1]) + (second[2] + second[3])
 
 
 @gluon.jit
-def max_of_quad(pairs):
-    """Return the maximum of the pairs of four lanes, to each of them."""
-    return gl.inline_asm_elementwise(MAX_OF_QUAD, "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2)
+def max_of_groups(x):
+    """Return the maximum of what the eight lanes of the same place have, to each of them."""
+    return gl.inline_asm_elementwise(MAX_OF_GROUPS, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def sum_of_quad(pairs):
-    """Return the sum of the pairs of four lanes, to each of them."""
-    return gl.inline_asm_elementwise(SUM_OF_QUAD, "=&f,=&f,f,f", [pairs], dtype=gl.float32, is_pure=True, pack=2)
+def sum_of_groups(x):
+    """Return the sum of what the eight lanes of the same place have, to each of them."""
+    return gl.inline_asm_elementwise(SUM_OF_GROUPS, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

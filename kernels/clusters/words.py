@@ -44,14 +44,6 @@ def pack(first, second):
 
 
 @gluon.jit
-def pack_pairs(first, second):
-    """Round two tensors of pairs of float32 to words of two bfloat16, and return pairs of them."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $3, $2; cvt.rn.bf16x2.f32 $1, $5, $4;", "=&r,=&r,f,f,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
 def transpose_pairs(words):
     """Exchange, in pairs of words of two bfloat16, the second of the first word with the first of the second."""
     return gl.inline_asm_elementwise(

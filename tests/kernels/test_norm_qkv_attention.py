@@ -133,6 +133,18 @@ def test_what_the_mask_excludes_may_hold_anything(device, slots):
         assert torch.equal(norm_qkv_attention_triton(*arguments), expected)
 
 
+@pytest.mark.parametrize("slots", [16, 96, 288])
+def test_heads_that_read_different_keys(device, slots):
+    """Each of two heads gives the key of the other a weight that float32 rounds to zero."""
+    arguments = make_arguments(0, (2, 1), slots, slots // 2, MROPE, torch.bfloat16, device, 512, "none")
+    x, norm, weights, eps, q_norm, k_norm, q_eps, k_eps, *angles, k_cache, v_cache, position, _, _ = arguments
+    heads = heads_of(norm_linears_reference(x, norm, weights, [None] * 3, eps), 128)
+    q = qk_norm_rope_kv_write_reference(*heads, q_norm, k_norm, q_eps, k_eps, *angles, k_cache.clone(), v_cache.clone(), position)[0, :, 0]
+    k_cache[0, 0, 3], k_cache[0, 0, 5] = 60 * (q[0] - q[1]), 60 * (q[1] - q[0])
+    out = check(arguments)
+    torch.testing.assert_close(out[0, :, 0], v_cache[0, 0, [3, 5]], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("slots", [16, 96, 512])
 def test_without_a_key_the_result_is_zero(device, slots):
     arguments = make_arguments(0, (4, 2), slots, 3, MROPE, torch.bfloat16, device, 512)

@@ -1,0 +1,132 @@
+"""Attention of two query heads over codes of keys and values, for kernels of clusters to use."""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.instructions import (
+    as_words,
+    load_global_2,
+    load_global_4,
+    load_global_byte,
+    load_global_half,
+    load_shared_2,
+    store_shared,
+)
+from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW, tiles_of_step
+from qtts_compile.kernels.clusters.rotation import rotate
+from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, nothing, of_own_head
+from qtts_compile.kernels.clusters.tiles import each, multiply_tile, places, sum_of_groups
+from qtts_compile.kernels.clusters.words import add_product, levels_of_codes, low_float16, pack, transpose_pairs
+from qtts_compile.kernels.turboquant.kept import find_kept
+
+_find_kept = gluon.jit(find_kept.fn)
+
+
+@gluon.jit
+def store_rotated(base, a, b):
+    """Rotate the first two of four heads, queries, and store them."""
+    head = gl.arange(0, 4, layout=gl.SliceLayout(1, a.type.layout))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, a.type.layout))
+    a0, a1, b0, b1 = rotate(base, a, b)
+    address = base + Q_ROTATED + (head * ROW)[:, None] + (lane * 4)[None, :]
+    is_query, factor = (head < GROUP).to(gl.int32)[:, None], HEAD.value**-0.5
+    store_shared(address, pack(a0 * factor, a1 * factor), is_query)
+    store_shared(address + HEAD, pack(b0 * factor, b1 * factor), is_query)
+
+
+@gluon.jit
+def load_coded_tiles(
+    pointers, Mask_ptr, first_tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr, STEP: gl.constexpr
+):
+    """Load as many of a CTA's tiles as one step takes, those that are there, from ``first_tile`` on.
+
+    The pointers are those to codes of keys and of values, and to scales of keys and of values.
+    """
+    tiles = ()
+    for i in gl.static_range(0, STEP, N_WARPS):
+        tiles = tiles + (_load_tile(pointers, Mask_ptr, first_tile + i, own_tiles, first_slot, row, start, SINKS, WINDOW),)
+    return tiles
+
+
+@gluon.jit
+def _load_tile(pointers, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
+    """Load a tile of each warp: of the keys g and g + 8 four words and scales, whether they count, and the scales of their values; words of values.
+
+    Values are the words 2 g and 2 g + 1 of pairs of 2 t and 2 t + 1, then of 2 t + 8 and 2 t + 9. Kept tokens do not count, nor does what is masked.
+    """
+    K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr = pointers
+    warp, g, t, which = places()
+    first_slot += (tile + warp) * KEYS
+    slot, in_tiles = first_slot + g + 8 * which, tile + warp < own_tiles
+    is_sink, is_recent = _find_kept(slot, row, start, SINKS, WINDOW)
+    is_live = (in_tiles & ~is_sink & ~is_recent).to(gl.int32)
+    keys = load_global_4(as_words(K_codes_ptr) + slot * (CODE_ROW // 4) + 4 * t, is_live)
+    k_scales, v_scales = load_global_half(K_scales_ptr + slot, is_live), load_global_half(V_scales_ptr + slot, is_live)
+    if Mask_ptr is not None:
+        is_live = load_global_byte(Mask_ptr + slot, is_live)
+    ptrs, in_tiles = as_words(V_codes_ptr) + (first_slot + 2 * t + which) * (CODE_ROW // 4) + 2 * g, in_tiles.to(gl.int32)
+    return keys, k_scales, is_live, v_scales, load_global_2(ptrs, in_tiles), load_global_2(ptrs + 2 * CODE_ROW, in_tiles)
+
+
+@gluon.jit
+def attend_to_codes(
+    base, tiles, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr
+):
+    """Return what each warp finds in a CTA's tiles, of which ``tiles`` are the first step; columns are those of rotated values."""
+    STEP: gl.constexpr = tiles_of_step(TILES)
+    queries, found = _load_queries(base), nothing(8)
+    for first in range(0, own_tiles, STEP):
+        step = tiles
+        if TILES > STEP:
+            if first + STEP < own_tiles:
+                tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+        for i in gl.static_range(STEP // N_WARPS):
+            if first + i * N_WARPS < own_tiles:
+                found = _attend(found, queries, step[i], scale)
+    peaks, sums, even, odd = found
+    return peaks, sum_of_groups(sums), even, odd
+
+
+@gluon.jit
+def _load_queries(base):
+    """Load the rotated queries that the words of a tile meet: eight coordinates of a head."""
+    _, g, t, which = places()
+    address = base + Q_ROTATED + g % GROUP * ROW + t * 64 + which * 4
+    queries = ()
+    for i in gl.static_range(8):
+        queries = queries + (load_shared_2(address + i * 8),)
+    return queries
+
+
+@gluon.jit
+def _attend(found, queries, tile, scale):
+    """Return what was found with a tile."""
+    keys, k_scales, is_live, v_scales, v_first, v_second = tile
+    levels = ()
+    for i in gl.static_range(4):
+        levels = levels + (levels_of_codes(keys[i]),)
+    first, second = multiply_tile(levels, queries)
+    unit_first, unit_second = each(low_float16(k_scales) * (scale * LOG2_E))
+    first, second = masked(first * unit_first, second * unit_second, is_live)
+    found, first, second = meet(found, first, second)
+    peaks, sums, old_even, old_odd = found
+    scale_first, scale_second = each(low_float16(v_scales))
+    weights_first, weights_second = exchange(_scaled(first, scale_first), _scaled(second, scale_second))
+    weights = of_own_head(weights_first, weights_second)
+    even, odd = (), ()
+    for word in gl.static_range(2):
+        levels, others = levels_of_codes(v_first[word]), levels_of_codes(v_second[word])
+        for pair in gl.static_range(4):
+            a_first, a_second = transpose_pairs(levels[pair]), transpose_pairs(others[pair])
+            both = add_product(old_even[4 * word + pair], old_odd[4 * word + pair], a_first, a_second, weights)
+            even, odd = even + (both[0],), odd + (both[1],)
+    return peaks, sums + first + second, even, odd
+
+
+@gluon.jit
+def _scaled(weights, scales):
+    return gl.where(weights == 0, 0.0, weights * scales)
