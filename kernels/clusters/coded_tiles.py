@@ -13,13 +13,12 @@ from qtts_compile.kernels.clusters.instructions import (
     load_global_4,
     load_global_byte,
     load_global_half,
-    load_shared_2,
     store_shared,
 )
 from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW, tiles_of_step
 from qtts_compile.kernels.clusters.rotation import rotate
 from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, nothing, of_own_head
-from qtts_compile.kernels.clusters.tiles import each, multiply_tile, places, sum_of_groups
+from qtts_compile.kernels.clusters.tiles import each, load_queries, multiply_tile, places, sum_of_groups
 from qtts_compile.kernels.clusters.words import add_product, levels_of_codes, low_float16, pack, transpose_pairs
 from qtts_compile.kernels.turboquant.kept import find_kept
 
@@ -78,7 +77,7 @@ def attend_to_codes(
 ):
     """Return what each warp finds in a CTA's tiles, of which ``tiles`` are the first step; columns are those of rotated values."""
     STEP: gl.constexpr = tiles_of_step(TILES)
-    queries, found = _load_queries(base), nothing(8)
+    queries, found = load_queries(base + Q_ROTATED, 64, 16), nothing(8)
     for first in range(0, own_tiles, STEP):
         step = tiles
         if TILES > STEP:
@@ -89,17 +88,6 @@ def attend_to_codes(
                 found = _attend(found, queries, step[i], scale)
     peaks, sums, even, odd = found
     return peaks, sum_of_groups(sums), even, odd
-
-
-@gluon.jit
-def _load_queries(base):
-    """Load the rotated queries that the words of a tile meet: eight coordinates of a head."""
-    _, g, t, which = places()
-    address = base + Q_ROTATED + g % GROUP * ROW + t * 64 + which * 4
-    queries = ()
-    for i in gl.static_range(8):
-        queries = queries + (load_shared_2(address + i * 8),)
-    return queries
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.heads import roles_layout
 from qtts_compile.kernels.clusters.instructions import load_floats_2, load_floats_4, store_floats, store_shared_2_each
-from qtts_compile.kernels.clusters.join import FROM_ALL, send_stats
+from qtts_compile.kernels.clusters.join import send_columns, send_stats
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
     COLUMNS,
@@ -92,11 +92,5 @@ def send_all(base, rank, has_kept, IS_ROTATED: gl.constexpr):
     if has_kept:
         kept_even, kept_odd = load_floats_2(base + KEPT_COLUMNS + place)
         even, odd = even + kept_even * kept_factor[:, None], odd + kept_odd * kept_factor[:, None]
-    _send_columns(even, odd, base + PARTIALS + rank * (4 * GROUP * HEAD) + place, base + ARRIVED + 8)
+    send_columns(even, odd, base + PARTIALS + rank * (4 * GROUP * HEAD) + place, base + ARRIVED + 8)
     send_stats(peak, total, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
-
-
-@gluon.jit
-def _send_columns(first, second, addresses, barrier):
-    """Send two columns that follow each other to the first CTA."""
-    gl.inline_asm_elementwise(FROM_ALL, "=r,f,f,r,r", [first, second, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1)

@@ -11,13 +11,12 @@ from qtts_compile.kernels.clusters.instructions import (
     as_words,
     load_global_4,
     load_global_byte,
-    load_shared_2,
     load_shared_2_each,
     load_shared_4_each,
 )
-from qtts_compile.kernels.clusters.memory import GROUP, HEAD, K_TILE, KEYS, LOG2_E, N_WARPS, Q_HEADS, ROW, V_TILE
+from qtts_compile.kernels.clusters.memory import HEAD, K_TILE, KEYS, LOG2_E, N_WARPS, Q_HEADS, ROW, V_TILE
 from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, nothing, of_own_head
-from qtts_compile.kernels.clusters.tiles import multiply_tile, places
+from qtts_compile.kernels.clusters.tiles import load_queries, multiply_tile, places
 from qtts_compile.kernels.clusters.words import add_product, transpose_pairs
 
 
@@ -45,7 +44,7 @@ def load_tile(Keys_ptr, Values_ptr, Mask_ptr, tile, own_tiles, first_slot, row):
 @gluon.jit
 def attend_to_tiles(base, tile, Keys_ptr, Values_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES: gl.constexpr):
     """Return what each warp finds in a CTA's tiles, of which ``tile`` is its first."""
-    queries, found = _load_queries(base), nothing(8)
+    queries, found = load_queries(base + Q_HEADS, 16, 64), nothing(8)
     for first in range(0, own_tiles, N_WARPS):
         keys, is_live, v_first, v_second = tile
         if TILES > N_WARPS:
@@ -58,7 +57,7 @@ def attend_to_tiles(base, tile, Keys_ptr, Values_ptr, Mask_ptr, own_tiles, first
 @gluon.jit
 def attend_to_shared_tile(base, is_live, scale):
     """Return what each warp finds in the tile in shared memory; of the columns it has two words g of its quarter."""
-    queries = _load_queries(base)
+    queries = load_queries(base + Q_HEADS, 16, 64)
     warp, g, t, which = places()
     # Keys with odd g read the other of two blocks at a time, as lanes of two keys would meet in the same banks.
     address, is_odd, loaded = base + K_TILE + (g + 8 * which) * ROW + t * 16, g % 2, ()
@@ -78,17 +77,6 @@ def _either(condition, first, second):
     for i in gl.static_range(4):
         words = words + (gl.where(condition != 0, first[i], second[i]),)
     return words
-
-
-@gluon.jit
-def _load_queries(base):
-    """Load the queries that the words of a tile meet: eight coordinates of a head."""
-    _, g, t, which = places()
-    address = base + Q_HEADS + g % GROUP * ROW + t * 16 + which * 4
-    queries = ()
-    for i in gl.static_range(4):
-        queries = queries + (load_shared_2(address + i * 64), load_shared_2(address + i * 64 + 8))
-    return queries
 
 
 @gluon.jit

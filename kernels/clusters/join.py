@@ -32,6 +32,12 @@ FROM_FIRST_LANES = gl.constexpr(_send_pair("setp.lt.u32 p, t, 64; and.b32 t, t, 
 
 
 @gluon.jit
+def send_columns(first, second, addresses, barrier):
+    """Send two columns that follow each other to the first CTA: every lane does."""
+    gl.inline_asm_elementwise(FROM_ALL, "=r,f,f,r,r", [first, second, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def send_stats(peak, total, addresses, barrier):
     """Send maximum and sum to the first CTA: the first two warps have a head each, and lane 0 sends."""
     gl.inline_asm_elementwise(FROM_FIRST_LANES, "=r,f,f,r,r", [peak, total, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1)

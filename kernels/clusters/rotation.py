@@ -45,14 +45,15 @@ def store_signs(base):
 
 @gluon.jit
 def _signs(base, half, like):
-    """Return the signs of the words of lanes in a half of a head."""
-    return load_shared(base + SIGNS + half * (HEAD // 2 * 2) + gl.arange(0, 32, layout=gl.SliceLayout(0, like.type.layout)) * 4)
+    """Return the signs of a half of a head, in the columns' places."""
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, like.type.layout))
+    return load_shared(base + SIGNS + half * HEAD + (lane * 4)[None, :])
 
 
 @gluon.jit
 def rotate(base, a, b):
     """Rotate heads as ``turboquant.rotation`` does, but for the factor ``HEAD ** -0.5``: of words l of both halves, return the columns in float32."""
-    a, b = a ^ _signs(base, 0, a)[None, :], b ^ _signs(base, 1, b)[None, :]
+    a, b = a ^ _signs(base, 0, a), b ^ _signs(base, 1, b)
     a0, a1, b0, b1 = low(a), high(a), low(b), high(b)
     a0, a1, b0, b1 = a0 + a1, a0 - a1, b0 + b1, b0 - b1
     return _over_lanes(a0 + b0), _over_lanes(a1 + b1), _over_lanes(a0 - b0), _over_lanes(a1 - b1)
@@ -69,8 +70,7 @@ def unrotate_half(base, even, odd, half):
     """Rotate back columns of which each warp has a half, from :func:`with_other_half`."""
     root: gl.constexpr = HEAD.value**-0.5
     even, odd = _over_lanes((even + odd) * root), _over_lanes((even - odd) * root)
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, even.type.layout))
-    signs = load_shared(base + SIGNS + (half * HEAD)[:, None] + (lane * 4)[None, :])
+    signs = _signs(base, half[:, None], even)
     return _flipped(even, signs << 16), _flipped(odd, signs)
 
 

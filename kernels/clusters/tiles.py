@@ -10,7 +10,8 @@ In the matrices of ``mma.m16n8k16`` a lane has the group g = lane / 4 and the pl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.memory import linear_layout
+from qtts_compile.kernels.clusters.instructions import load_shared_2
+from qtts_compile.kernels.clusters.memory import GROUP, ROW, linear_layout
 from qtts_compile.kernels.clusters.words import add_product
 
 
@@ -52,6 +53,20 @@ def places():
 def zeros():
     layout: gl.constexpr = lanes_layout()
     return gl.zeros([4, 32, 2], gl.float32, layout=layout)
+
+
+@gluon.jit
+def load_queries(address, NEXT_LANE: gl.constexpr, NEXT_STEP: gl.constexpr):
+    """Load the words of the query g % 2 that :func:`multiply_tile` needs: at each of four steps a lane has four, which follow each other.
+
+    The arguments say how many bytes behind those of a lane, and of a step, the words of the next begin.
+    """
+    _, g, t, which = places()
+    address = address + g % GROUP * ROW + t * NEXT_LANE + which * 4
+    queries = ()
+    for i in gl.static_range(4):
+        queries = queries + (load_shared_2(address + i * NEXT_STEP), load_shared_2(address + i * NEXT_STEP + 8))
+    return queries
 
 
 @gluon.jit
