@@ -63,16 +63,17 @@ STACKS = {
 
 
 def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callable[..., torch.Tensor]:
-    """Return attention over a cache with a random prompt: ``[1, heads, 1, WIDTH]`` of x ``[1, hidden]``, its norm's weight and the projections."""
+    """Return attention over a cache with a random prompt: ``[1, heads, 1, WIDTH]`` of x ``[1, hidden]``, its norm's weight, the projections, and
+    two weights to prefetch where one operator computes all this."""
     case = AttentionCase("", stack.slots, stack.position, stack.sections)
     sets = build_arguments(kv_cache, case, 1, device, copies=1)
     write_prompt(kv_cache, case, sets)
     attend, rest = kernel_of(kv_cache, device), sets[0][3:]
     if stack.slots <= MAX_SLOTS:  # one operator computes projections and attention, as in a frame
         joined = norm_qkv_attention if kv_cache == "bf16" else norm_qkv_quantized_attention
-        return lambda x, norm, projections: joined(x, norm, projections, EPS, *rest)
+        return lambda x, norm, projections, prefetch=None: joined(x, norm, projections, EPS, *rest, prefetch=prefetch)
 
-    def projected(x: torch.Tensor, norm: torch.Tensor, projections: list[torch.Tensor]) -> torch.Tensor:
+    def projected(x: torch.Tensor, norm: torch.Tensor, projections: list[torch.Tensor], prefetch: object = None) -> torch.Tensor:
         states = norm_linears(x, norm, projections, [None] * 3, EPS)
         return attend(*(state.view(1, 1, -1, WIDTH).transpose(1, 2) for state in states), *rest)
 
@@ -91,7 +92,7 @@ def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor]
     down, norms, attend = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), build_attention(stack, kv_cache)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        x = linear_add_triton(attend(x, norms[0], projections).transpose(1, 2).reshape(1, -1), out, None, x)
+        x = linear_add_triton(attend(x, norms[0], projections, [gate, up]).transpose(1, 2).reshape(1, -1), out, None, x)
         return linear_add_triton(norm_swiglu_triton(x, norms[1], gate, up, EPS), down, None, x)
 
     return layer

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qtts_compile.kernels.checks import check_rank
+from qtts_compile.kernels.checks import check_rank, check_shape
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.clusters.memory import GROUP, HEAD, KEYS
 from qtts_compile.kernels.norm_linears import check_norm_linears
@@ -15,6 +15,7 @@ from qtts_compile.kernels.rotary import Angles
 
 MAX_SLOTS = 8192  # of a cache: the threads of a cluster look at four bytes of its mask each
 WIDTHS = (512, 1024, 2048)  # of x: with more the kernels run out of registers
+PREFETCHED = 4 * 2**20  # bytes, of two weights together: about what memory brings while attention leaves it idle
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, each [1, H, 1, D]
 
 
@@ -77,6 +78,27 @@ def are_served(
 def are_aligned(*tensors: torch.Tensor) -> bool:
     """Tell whether tensors begin where bulk copies can."""
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def check_prefetch(prefetch: Sequence[torch.Tensor] | None, x: torch.Tensor) -> None:
+    """Raise ``ValueError`` unless these are two weights ``[N, K]`` of the same shape on the device of ``x``, or None."""
+    if prefetch is None:
+        return
+    if len(prefetch) != 2:
+        raise ValueError(f"prefetch must be two weights or None, got {len(prefetch)}")
+    check_shape("prefetch[1]", prefetch[1], *prefetch[0].shape)
+    for i, weight in enumerate(prefetch):
+        if weight.device != x.device or not weight.is_contiguous():
+            raise ValueError(f"prefetch[{i}] must be contiguous on {x.device}, got strides {weight.stride()} on {weight.device}")
+
+
+def prefetch_arguments(prefetch: Sequence[torch.Tensor] | None, x: torch.Tensor, key_heads: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Return what a kernel of clusters prefetches of two weights: these, and how many bytes of each are a CTA's share."""
+    if prefetch is None or not are_aligned(*prefetch):
+        return x, x, 0
+    first, second = prefetch
+    bytes = min(PREFETCHED // 2, first.nbytes, second.nbytes)
+    return first, second, bytes // (key_heads * clusters.CTAS) // 16 * 16
 
 
 def launch(kernel: Any, key_heads: int, device: torch.device, arguments: Sequence[Any], **constants: Any) -> bool:

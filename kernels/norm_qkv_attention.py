@@ -16,7 +16,17 @@ from qtts_compile.kernels.clusters.memory import END_OF_COLUMNS, END_OF_PARTIALS
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
-from qtts_compile.kernels.norm_qkv import allocate, are_aligned, are_served, as_heads, check_projections, check_slots, launch
+from qtts_compile.kernels.norm_qkv import (
+    allocate,
+    are_aligned,
+    are_served,
+    as_heads,
+    check_prefetch,
+    check_projections,
+    check_slots,
+    launch,
+    prefetch_arguments,
+)
 from qtts_compile.kernels.qk_norm_rope_attention import (
     check_qk_norm_rope_attention,
     qk_norm_rope_attention_reference,
@@ -44,6 +54,7 @@ def norm_qkv_attention(
     position: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
+    prefetch: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the attention of one token whose hidden state is ``x``, and write its key and value into the caches.
 
@@ -51,13 +62,18 @@ def norm_qkv_attention(
     ``[1, Hk, S, D]`` of at most 8192 slots, ``position`` int64 ``[1]``. The steps are those of ``norm_linears``, without biases, and
     ``qk_norm_rope_attention``, with the arguments and the rounding of both. The result ``[1, Hq, 1, D]`` is contiguous.
 
+    ``prefetch`` are two weights ``[N, K]`` that a kernel after the next reads, of any dtype; while attention leaves memory idle, where it is computed
+    by a kernel of clusters, that brings the beginning of both to the L2 cache. They change no result.
+
     All parameters and ``position`` must be at rest, as for those two.
 
-    Raises ``TypeError`` or ``ValueError`` as those two do, and ``ValueError`` for more than one row or 8192 slots, or other than three weights.
+    Raises ``TypeError`` or ``ValueError`` as those two do, and ``ValueError`` for more than one row or 8192 slots, other than three weights
+    or two to prefetch, and those of other shapes or not contiguous.
     """
     return torch.ops.qtts.norm_qkv_attention.default(
-        x, norm_weight, weights, eps, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, k_cache, v_cache, position, mask, scale
-    )
+        x, norm_weight, weights, eps, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved,
+        k_cache, v_cache, position, mask, scale, prefetch,
+    )  # fmt: skip
 
 
 def norm_qkv_attention_reference(
@@ -65,6 +81,7 @@ def norm_qkv_attention_reference(
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q_eps: float, k_eps: float,
     cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
+    prefetch: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute :func:`norm_qkv_attention` in plain PyTorch."""
     heads = as_heads(norm_linears_reference(x, norm_weight, weights, [None] * 3, eps), k_cache.shape[3])
@@ -78,8 +95,10 @@ def check_norm_qkv_attention(
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q_eps: float, k_eps: float,
     cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
+    prefetch: Sequence[torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Raise ``TypeError`` or ``ValueError`` unless :func:`norm_qkv_attention` accepts the arguments."""
+    check_prefetch(prefetch, x)
     check_slots("k_cache", k_cache, "qk_norm_rope_attention")
     heads = check_projections(x, norm_weight, weights, eps, k_cache.shape[3], "qk_norm_rope_attention")
     check_qk_norm_rope_attention(*heads, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved, k_cache, v_cache, position, mask, scale)
@@ -99,6 +118,7 @@ def norm_qkv_attention_triton(
     q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q_eps: float, k_eps: float,
     cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
+    prefetch: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernel of :func:`norm_qkv_attention`, or those of its two parts."""
     x = as_matrix(x)
@@ -108,6 +128,7 @@ def norm_qkv_attention_triton(
         width, slots = x.shape[-1], k_cache.shape[2]
         arguments = (
             x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out,
+            *prefetch_arguments(prefetch, x, k_cache.shape[1]),
             eps, q_eps, k_eps, scale, k_cache.stride(1), v_cache.stride(1), angles.stride_axis,
         )  # fmt: skip
         constants = dict(K=width, **angles.constants)
@@ -134,7 +155,7 @@ def norm_qkv_attention_fake(x: torch.Tensor, norm_weight: object, weights: Seque
 define_op(
     "norm_qkv_attention(Tensor x, Tensor? norm_weight, Tensor[] weights, float eps, Tensor? q_weight, Tensor? k_weight, "
     "float q_eps, float k_eps, Tensor cos, Tensor sin, int[] sections, bool interleaved, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, Tensor? mask, float scale) -> Tensor",
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor position, Tensor? mask, float scale, Tensor[]? prefetch=None) -> Tensor",
     check=check_norm_qkv_attention,
     cuda=norm_qkv_attention_triton,
     cpu=norm_qkv_attention_reference,

@@ -15,7 +15,17 @@ from qtts_compile.kernels.clusters.quantized_kernel import norm_qkv_quantized_at
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
-from qtts_compile.kernels.norm_qkv import allocate, are_aligned, are_served, as_heads, check_projections, check_slots, launch
+from qtts_compile.kernels.norm_qkv import (
+    allocate,
+    are_aligned,
+    are_served,
+    as_heads,
+    check_prefetch,
+    check_projections,
+    check_slots,
+    launch,
+    prefetch_arguments,
+)
 from qtts_compile.kernels.qk_norm_rope_quantized_attention import (
     check_qk_norm_rope_quantized_attention,
     qk_norm_rope_quantized_attention_reference,
@@ -52,6 +62,7 @@ def norm_qkv_quantized_attention(
     format: str,
     mask: torch.Tensor | None,
     scale: float,
+    prefetch: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Return the attention of one token whose hidden state is ``x``, and write its key and value into a quantised cache.
 
@@ -60,13 +71,17 @@ def norm_qkv_quantized_attention(
     ``norm_linears``, without biases, and ``qk_norm_rope_quantized_attention``, with the arguments and the rounding of both. The result
     ``[1, Hq, 1, D]`` is contiguous.
 
+    ``prefetch`` are two weights ``[N, K]`` that a kernel after the next reads, of any dtype; while attention leaves memory idle, where it is computed
+    by a kernel of clusters, that brings the beginning of both to the L2 cache. They change no result.
+
     All parameters, ``position`` and ``start`` must be at rest, as for those two.
 
-    Raises ``TypeError`` or ``ValueError`` as those two do, and ``ValueError`` for more than one row or 8192 slots, or other than three weights.
+    Raises ``TypeError`` or ``ValueError`` as those two do, and ``ValueError`` for more than one row or 8192 slots, other than three weights
+    or two to prefetch, and those of other shapes or not contiguous.
     """
     return torch.ops.qtts.norm_qkv_quantized_attention.default(
         x, norm_weight, weights, eps, q_weight, k_weight, q_eps, k_eps, cos, sin, sections, interleaved,
-        k_codes, v_codes, scales, kept, position, start, sinks, format, mask, scale,
+        k_codes, v_codes, scales, kept, position, start, sinks, format, mask, scale, prefetch,
     )  # fmt: skip
 
 
@@ -76,6 +91,7 @@ def norm_qkv_quantized_attention_reference(
     cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
     sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+    prefetch: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Compute :func:`norm_qkv_quantized_attention` in plain PyTorch."""
     heads = as_heads(norm_linears_reference(x, norm_weight, weights, [None] * 3, eps), kept.shape[4])
@@ -91,8 +107,10 @@ def check_norm_qkv_quantized_attention(
     cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
     sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+    prefetch: Sequence[torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Raise ``TypeError`` or ``ValueError`` unless :func:`norm_qkv_quantized_attention` accepts the arguments."""
+    check_prefetch(prefetch, x)
     check_slots("k_codes", k_codes, "qk_norm_rope_quantized_attention")
     check_rank("kept", kept, "2, 1, Hk, sinks + window, D")
     heads = check_projections(x, norm_weight, weights, eps, kept.shape[4], "qk_norm_rope_quantized_attention")
@@ -125,6 +143,7 @@ def norm_qkv_quantized_attention_triton(
     cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
     sinks: int, format: str, mask: torch.Tensor | None, scale: float,
+    prefetch: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernel of :func:`norm_qkv_quantized_attention`, or those of its two parts."""
     x = as_matrix(x)
@@ -136,6 +155,7 @@ def norm_qkv_quantized_attention_triton(
         shared = shared_bytes(width, END_OF_COLUMNS.value)
         arguments = (
             x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start, mask, out,
+            *prefetch_arguments(prefetch, x, k_codes.shape[1]),
             eps, q_eps, k_eps, scale, slots, k_codes.stride(1), v_codes.stride(1), scales.stride(0), scales.stride(2),
             kept.stride(0), kept.stride(2), angles.stride_axis,
         )  # fmt: skip
@@ -158,7 +178,7 @@ define_op(
     "norm_qkv_quantized_attention(Tensor x, Tensor? norm_weight, Tensor[] weights, float eps, Tensor? q_weight, Tensor? k_weight, "
     "float q_eps, float k_eps, Tensor cos, Tensor sin, int[] sections, bool interleaved, "
     "Tensor(a!) k_codes, Tensor(b!) v_codes, Tensor(c!) scales, Tensor(d!) kept, Tensor position, Tensor start, "
-    "int sinks, str format, Tensor? mask, float scale) -> Tensor",
+    "int sinks, str format, Tensor? mask, float scale, Tensor[]? prefetch=None) -> Tensor",
     check=check_norm_qkv_quantized_attention,
     cuda=norm_qkv_quantized_attention_triton,
     cpu=norm_qkv_quantized_attention_reference,

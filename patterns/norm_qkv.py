@@ -46,6 +46,8 @@ def _join_layer(graph: fx.Graph, name: str, call: fx.Node) -> str | None:
     if len({isinstance(each, fx.Node) for each in used}) > 1:
         return "one eps is a number, the other a graph input"
     arguments |= {each: used[0] for each, weight in norms.items() if arguments[weight] is None}  # of no matter, but of one kind
+    if prefetch := _weights_behind(call):
+        arguments["prefetch"] = prefetch
     new = insert_mutating(graph, call, overload(name, used[0]), arguments, call)
     for user in list(call.users):
         user.replace_all_uses_with(new[operands(user)[1]])
@@ -56,6 +58,17 @@ def _join_layer(graph: fx.Graph, name: str, call: fx.Node) -> str | None:
             node, unused = operands(node)[0], node
             graph.erase_node(unused)
     return None
+
+
+def _weights_behind(call: fx.Node) -> list[fx.Node]:
+    """Return the weights, inputs of the graph, of the first norm_swiglu behind an attention and before the next, if they have no gaps."""
+    node = call.next
+    while node.op == "call_function" and node.target is not auto_functionalized:
+        if is_call_of(node, "norm_swiglu"):
+            weights = operands(node)[2:4]
+            return [*weights] if all(value(weight).is_contiguous() for weight in weights) else []
+        node = node.next
+    return []
 
 
 def _projection_of(heads: fx.Node) -> fx.Node:

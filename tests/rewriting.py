@@ -22,10 +22,11 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Op:
-    """One operator call of a graph: its overload's name, e.g. "aten.cos.default", and the shape of its result."""
+    """One operator call of a graph: its overload's name, e.g. "aten.cos.default", the shape of its result, and the names of what it reads."""
 
     name: str
     shape: tuple | None
+    inputs: tuple[str, ...]
 
 
 @dataclass
@@ -44,13 +45,20 @@ def ops(graph: torch.fx.Graph) -> list[Op]:
         if node.op == "call_function":
             target = node.args[0] if node.args and isinstance(node.args[0], torch._ops.OpOverload) else node.target
             value = node.meta.get("val")
-            calls.append(Op(str(target), tuple(value.shape) if isinstance(value, torch.Tensor) else None))
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else None
+            calls.append(Op(str(target), shape, tuple(each.name for each in node.all_input_nodes)))
     return calls
 
 
 def count(calls: list[Op], *names: str) -> int:
     """Count the calls whose name contains one of ``names``."""
     return sum(any(name in op.name for name in names) for op in calls)
+
+
+def prefetched(calls: list[Op]) -> list[bool]:
+    """Tell of each joined projection and attention whether it prefetches what the norm_swiglu of the same place reads, a norm's and two weights."""
+    weights = [op.inputs[2:4] for op in calls if "norm_swiglu" in op.name]
+    return [set(both) <= set(op.inputs) for op, both in zip((op for op in calls if "norm_qkv" in op.name), weights, strict=True)]
 
 
 @contextlib.contextmanager

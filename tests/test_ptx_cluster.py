@@ -200,3 +200,17 @@ def test_a_barrier_of_the_cluster_at_the_end_does_not_wait_for_bytes(seed, is_la
             run(*body, seed=seed, is_late=is_late)
     else:
         run(*body, seed=seed, is_late=is_late)
+
+
+def prefetch(start, count):
+    return f"@%p1 cp.async.bulk.prefetch.L2.global [%rd2 + {start}], {count};"
+
+
+def test_a_prefetch_reads_within_the_tensors_of_the_launch_and_changes_nothing():
+    assert run(prefetch(16, 48)) == run()
+    with pytest.raises(IndexError, match="are in no tensor of the launch"):
+        run(prefetch(16, 256))
+    with pytest.raises(IndexError, match="is not a multiple of 16 bytes"):
+        run(prefetch(8, 16))
+    with pytest.raises(ClusterError, match="24 is not a multiple of 16 bytes"):
+        run(prefetch(16, 24))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import CASES, ModelCase, Session, case
-from rewriting import Graphs, Run, cache_of, cosine, count, expected_kernels, expected_lifted, kernels, side_by_side
+from rewriting import Graphs, Run, cache_of, cosine, count, expected_kernels, expected_lifted, kernels, prefetched, side_by_side
 from torch._dynamo.utils import counters
 
 NAMES = [c.name for c in CASES]
@@ -126,6 +126,13 @@ def test_kernels_stand_in_the_modules_that_they_replace(setup):
             assert report.kernels["rms_norm"][0] == norms[0]
         (name,) = expected.keys() & {"norm_qkv_attention", "qk_norm_rope_attention", "rotary_qk"}
         assert report.kernels[name] == [f"layers.{i}.self_attn" for i in layers]
+
+
+@each_setup
+def test_attention_prefetches_weights_of_its_layer(setup):
+    for _, report, graphs in run(setup).compiled_graphs():
+        if "norm_qkv_attention" in report.kernels:
+            assert prefetched(graphs.rewritten) == [True] * setup.case.layers
 
 
 @each_setup

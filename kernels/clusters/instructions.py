@@ -114,6 +114,22 @@ def request_bytes(target, Source_ptr, bytes, barrier):
 
 
 @gluon.jit
+def prefetch_bytes(address, bytes):
+    """Bring a multiple of 16 bytes of global memory to L2, in the background; 0 bring nothing."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p; .reg .u32 t;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        setp.gt.and.s32 p, $2, 0, p;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [address, bytes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def load_global_half(pointers, is_loaded):
     """Load 16 bits at each pointer into a word, as :func:`load_global_2` does."""
     return gl.inline_asm_elementwise(

@@ -42,13 +42,14 @@ from qtts_compile.kernels.clusters.memory import (
     ROW,
     V_TILE,
 )
+from qtts_compile.kernels.clusters.prefetch import prefetch_share
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 
 
 @gluon.jit
 def norm_qkv_attention_kernel(
     X_ptr, Norm_ptr, Q_proj_ptr, K_proj_ptr, V_proj_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_cache_ptr, V_cache_ptr,
-    Position_ptr, Mask_ptr, Out_ptr, eps, q_eps, k_eps, scale, k_stride_h, v_stride_h, stride_axis,
+    Position_ptr, Mask_ptr, Out_ptr, Next_1_ptr, Next_2_ptr, next_bytes, eps, q_eps, k_eps, scale, k_stride_h, v_stride_h, stride_axis,
     K: gl.constexpr, N_TILES: gl.constexpr, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
@@ -89,6 +90,7 @@ def norm_qkv_attention_kernel(
     y = multiply(base + X, w_ptrs, tiles, eps, K)
     wait_for_cluster()
     send_rows(y, rank, base, N_TILES)
+    prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, True)
 
     if attends:
         wait_for_bytes(base + ARRIVED)

@@ -21,6 +21,13 @@ def row_of(position, S):
 
 
 @gluon.jit
+def end_of_codes(row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
+    """Return from which slot on no codes of tokens before the new one count: tokens in the window are kept, and so are sinks just before it."""
+    end = row + 1 - WINDOW
+    return gl.maximum(gl.where(end <= start + SINKS, gl.minimum(end, start), end), 0)
+
+
+@gluon.jit
 def live_kept(Mask_ptr, kept_tile, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
     """Tell which rows g and g + 8 of a CTA's tile of kept tokens hold one that is attended to."""
     _, g, _, which = places()

@@ -30,7 +30,8 @@ from qtts_compile.kernels.clusters.instructions import (
 )
 from qtts_compile.kernels.clusters.join import send_found, store_joined
 from qtts_compile.kernels.clusters.live import any_behind, deal, load_behind, row_of, send_flags
-from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_FLAGS, BYTES_OF_PARTIAL, END_OF_COLUMNS, KEYS, N_CTAS, PADDED_HEAD, ROW
+from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_FLAGS, BYTES_OF_PARTIAL, END_OF_COLUMNS, KEYS, N_CTAS, N_WARPS, PADDED_HEAD, ROW
+from qtts_compile.kernels.clusters.prefetch import prefetch_share
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 from qtts_compile.kernels.clusters.tiles import places
 
@@ -38,7 +39,7 @@ from qtts_compile.kernels.clusters.tiles import places
 @gluon.jit
 def norm_qkv_long_attention_kernel(
     X_ptr, Norm_ptr, Q_proj_ptr, K_proj_ptr, V_proj_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_cache_ptr, V_cache_ptr,
-    Position_ptr, Mask_ptr, Out_ptr, eps, q_eps, k_eps, scale, k_stride_h, v_stride_h, stride_axis, S,
+    Position_ptr, Mask_ptr, Out_ptr, Next_1_ptr, Next_2_ptr, next_bytes, eps, q_eps, k_eps, scale, k_stride_h, v_stride_h, stride_axis, S,
     K: gl.constexpr, TILES: gl.constexpr, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
@@ -83,6 +84,7 @@ def norm_qkv_long_attention_kernel(
         send_flags(behind, rank, row, S, base)
     first_slot, own_tiles = deal((row + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
     tile = load_tile(K_cache_ptr, V_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
+    prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles <= N_WARPS)
     wait_for_bytes(base + ARRIVED)
     if HAS_MASK:
         if any_behind(base):
@@ -94,6 +96,8 @@ def norm_qkv_long_attention_kernel(
 
     if own_tiles > 0:
         found_in_tiles = attend_to_tiles(base, tile, K_cache_ptr, V_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES)
+        if TILES > N_WARPS:
+            prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > N_WARPS)
         store_found_in_tiles(base, found_in_tiles, 8 * places()[1], PADDED_HEAD // 2)
     # The new token, and nothing where there is no tile.
     if is_last | (own_tiles == 0):

@@ -31,7 +31,7 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_inputs,
 )
 from qtts_compile.kernels.clusters.join import send_found, store_joined
-from qtts_compile.kernels.clusters.live import any_behind, deal, live_kept, load_behind, row_of, send_flags
+from qtts_compile.kernels.clusters.live import any_behind, deal, end_of_codes, live_kept, load_behind, row_of, send_flags
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
     BYTES_OF_FLAGS,
@@ -46,6 +46,7 @@ from qtts_compile.kernels.clusters.memory import (
     V_TILE,
     tiles_of_step,
 )
+from qtts_compile.kernels.clusters.prefetch import prefetch_share
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 from qtts_compile.kernels.clusters.rotation import store_signs
 from qtts_compile.kernels.clusters.tiles import places
@@ -54,8 +55,8 @@ from qtts_compile.kernels.clusters.tiles import places
 @gluon.jit
 def norm_qkv_quantized_attention_kernel(
     X_ptr, Norm_ptr, Q_proj_ptr, K_proj_ptr, V_proj_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr,
-    Position_ptr, Start_ptr, Mask_ptr, Out_ptr, eps, q_eps, k_eps, scale, S, k_codes_stride_h, v_codes_stride_h, scales_stride, scales_stride_h,
-    kept_stride, kept_stride_h, stride_axis,
+    Position_ptr, Start_ptr, Mask_ptr, Out_ptr, Next_1_ptr, Next_2_ptr, next_bytes, eps, q_eps, k_eps, scale, S, k_codes_stride_h, v_codes_stride_h,
+    scales_stride, scales_stride_h, kept_stride, kept_stride_h, stride_axis,
     K: gl.constexpr, TILES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
     HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
@@ -113,8 +114,9 @@ def norm_qkv_quantized_attention_kernel(
     # Most masks let the codes before the window count, which are requested until all CTAs' looks have arrived. Without a mask all count.
     if HAS_MASK:
         send_flags(behind, rank, row, S, base)
-    first_slot, own_tiles = deal((gl.maximum(row + 1 - WINDOW, 0) + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
+    first_slot, own_tiles = deal((end_of_codes(row, start, SINKS, WINDOW) + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
     codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+    prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles <= STEP)
     wait_for_bytes(base + ARRIVED)
     if HAS_MASK:
         if any_behind(base):
@@ -128,6 +130,8 @@ def norm_qkv_quantized_attention_kernel(
 
     if own_tiles > 0:
         found_in_codes = attend_to_codes(base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
+        if TILES > STEP:
+            prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > STEP)
         store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
     # Kept tokens, and nothing where there is neither these nor a tile of codes.
     if (own_kept > 0) | (own_tiles == 0):

@@ -21,6 +21,7 @@ from test_qk_norm_rope_kv_write import variants
 
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.norm_linears import norm_linears_reference
+from qtts_compile.kernels.norm_qkv import PREFETCHED, prefetch_arguments
 from qtts_compile.kernels.norm_qkv_attention import _is_served, norm_qkv_attention, norm_qkv_attention_reference, norm_qkv_attention_triton
 from qtts_compile.kernels.qk_norm_rope_kv_write import qk_norm_rope_kv_write_reference
 from qtts_compile.kernels.rotary import as_angles
@@ -51,13 +52,22 @@ def make_arguments(
     return [*projected, 1e-6, q_norm, k_norm, 1e-6, 1e-5, *angles, *caches, place, mask, width**-0.5]
 
 
+# The last argument of these operators.
+BAD_PREFETCH = (
+    (-1, lambda weights: weights[:1], ValueError, "prefetch must be two weights or None, got 1"),
+    (-1, lambda weights: [weights[0], weights[1][:5]], ValueError, r"prefetch\[1\] must have the shape"),
+    (-1, lambda weights: [weight[:, ::2] for weight in weights], ValueError, r"prefetch\[0\] must be contiguous on cpu, got strides \(512, 2\)"),
+    (-1, lambda weights: [weight.to("meta") for weight in weights], ValueError, r"prefetch\[0\] must be contiguous on cpu, .* on meta"),
+)
+
+
 def heads_of(results, width):
     return [result.view(1, -1, 1, width) for result in results]
 
 
 def check(arguments, launch=norm_qkv_attention_triton):
     """Assert that results are as accurate as those of models, and that nothing of the caches changes but the row at the position."""
-    x, norm, weights, eps, q_norm, k_norm, q_eps, k_eps, *angles, k_cache, v_cache, position, mask, scale = arguments
+    x, norm, weights, eps, q_norm, k_norm, q_eps, k_eps, *angles, k_cache, v_cache, position, mask, scale = arguments[:17]
     width = k_cache.shape[3]
     q, k, v = heads_of(norm_linears_reference(x, norm, weights, [None] * 3, eps), width)
     k_model, v_model = k_cache.clone(), v_cache.clone()
@@ -177,6 +187,27 @@ def test_every_step_reads_what_the_last_wrote(device, slots):
         torch.testing.assert_close(found, expected, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps * expected.abs().max().item())
 
 
+def weights_to_prefetch(device, columns=512):
+    return [torch.zeros(96, columns, dtype=torch.bfloat16, device=device) for _ in range(2)]
+
+
+@pytest.mark.parametrize("slots", [16, 48, 288, 2064])
+def test_what_is_prefetched_changes_nothing(device, slots):
+    """Also where it is later, as a CTA has more tiles than it requests at once. The PTX simulator refuses what lies outside of the weights."""
+    arguments = make_arguments(0, (4, 2), slots, slots - 3, MROPE, torch.bfloat16, device, 512)
+    expected = check(arguments)
+    assert torch.equal(check([*arguments, weights_to_prefetch(device)]), expected)
+
+
+def test_what_is_prefetched_of_two_weights():
+    """Shares of 16 CTAs for each key head: of small weights all but what is left over from 16 bytes, and nothing that does not lie at 16 bytes."""
+    x, small, large = torch.zeros(1), weights_to_prefetch("cpu"), torch.zeros(3, 2**20, dtype=torch.bfloat16)
+    assert prefetch_arguments(small, x, 2) == (*small, 96 * 512 * 2 // 32)
+    assert prefetch_arguments(weights_to_prefetch("cpu", 509), x, 2)[2] == 96 * 509 * 2 // 32 // 16 * 16
+    assert prefetch_arguments([large, large], x, 8)[2] * 2 * 8 * 16 == PREFETCHED
+    assert prefetch_arguments([small[0], moved(small[1])], x, 2)[2] == prefetch_arguments(None, x, 2)[2] == 0
+
+
 def is_served(arguments):
     x, norm, weights, _, q_norm, k_norm, _, _, *angles, k_cache, v_cache, _, mask, _ = arguments
     return _is_served(x, norm, weights, q_norm, k_norm, as_angles(*angles), k_cache, v_cache, mask)
@@ -240,6 +271,7 @@ def test_opcheck(device, dtype):
     for variant, norms, kind in (((40, [], False), (True, True, True), "bool"), ((80, [16, 12, 12], True), (False, False, True), "none")):
         arguments = make_arguments(0, (4, 2), 17, 3, variant, dtype, device, 64, kind, norms)
         torch.library.opcheck(torch.ops.qtts.norm_qkv_attention.default, tuple(arguments), test_utils=EVERY_OPCHECK)
+        arguments.append(weights_to_prefetch(device))
         for place in (3, 6, 7):
             arguments[place] = torch.tensor(arguments[place], dtype=torch.float64)
         torch.library.opcheck(torch.ops.qtts.norm_qkv_attention.tensor_eps, tuple(arguments), test_utils=EVERY_OPCHECK)
@@ -260,10 +292,11 @@ def test_opcheck(device, dtype):
         (13, lambda cache: cache.half(), TypeError, "v_cache"),
         (14, lambda position: position.int(), TypeError, "position must be int64"),
         (15, lambda mask: mask.long(), TypeError, "mask must be bool or floating"),
+        *BAD_PREFETCH,
     ],
 )
 def test_bad_input(place, change, error, message):
-    arguments = make_arguments(0, (4, 2), 17, 3, (40, [], False), torch.float32, "cpu")
+    arguments = [*make_arguments(0, (4, 2), 17, 3, (40, [], False), torch.float32, "cpu"), weights_to_prefetch("cpu")]
     arguments[place] = change(arguments[place])
     with pytest.raises(error, match=message):
         norm_qkv_attention(*arguments)

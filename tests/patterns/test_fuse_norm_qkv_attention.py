@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rewriting import count, kernels, rewritten
+from rewriting import count, kernels, prefetched, rewritten
 from test_fuse import HEADS, KV_HEADS, WIDTH, attend, norm, rotate
 
 from qtts_compile.kernels.norm_qkv import MAX_SLOTS
@@ -89,6 +89,43 @@ def test_a_projection_that_is_read_elsewhere():
     report, _ = rewritten(function, *inputs())
     assert kernels(report) == APART
     assert [(r.rewrite, r.reason) for r in report.refusals] == [("norm_qkv_attention", "a projection is read elsewhere")]
+
+
+def mlp(x, norm_weight, gate, up):
+    normed = norm(x, norm_weight)
+    return F.silu(F.linear(normed, gate)) * F.linear(normed, up)
+
+
+def mlp_inputs():
+    return torch.rand(HEADS * WIDTH) + 0.5, *(torch.randn(40, HEADS * WIDTH) / 8 for _ in range(2))
+
+
+def test_the_weights_that_an_mlp_reads_next_are_prefetched():
+    def function(norm_weight, gate, up, *tensors):
+        return mlp(layer(*tensors).reshape(1, 1, -1), norm_weight, gate, up)
+
+    report, graphs = rewritten(function, *mlp_inputs(), *inputs())
+    assert kernels(report) == {**JOINED, "norm_swiglu": 1} and prefetched(graphs.final) == [True]
+
+
+def test_weights_with_gaps_are_not_prefetched():
+    def function(norm_weight, gate, up, *tensors):
+        return mlp(layer(*tensors).reshape(1, 1, -1), norm_weight, gate, up)
+
+    norm_weight, gate, up = mlp_inputs()
+    report, graphs = rewritten(function, norm_weight, F.pad(gate, (0, 8))[:, :-8], up, *inputs())
+    assert kernels(report) == {**JOINED, "norm_swiglu": 1} and prefetched(graphs.final) == [False]
+
+
+def test_each_attention_prefetches_for_the_mlp_before_the_next():
+    def function(norm_weight, gate, up, *tensors):
+        first, second = layer(*tensors[:13]), layer(*tensors[13:])
+        return mlp((first + second).reshape(1, 1, -1), norm_weight, gate, up)
+
+    report, graphs = rewritten(function, *mlp_inputs(), *inputs(), *inputs())
+    first, second = (op.inputs for op in graphs.rewritten if "norm_qkv" in op.name)
+    (weights,) = (op.inputs[2:4] for op in graphs.rewritten if "norm_swiglu" in op.name)
+    assert set(weights) <= set(second) and set(weights).isdisjoint(first)
 
 
 def test_it_can_be_switched_off():

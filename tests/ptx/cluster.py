@@ -279,13 +279,16 @@ class Cta(Machine):
             self._send(address, barriers[lane], stored.shape[1], stored.shape[1], lambda lane=lane: stored[lane], text)
 
     def _cp(self, op: tuple[str, ...], operands: tuple[Operand, ...], active: Lanes, text: str) -> None:
+        if op[1:] == ("async", "bulk", "prefetch", "L2", "global"):
+            counts = self._bits(operands[1])
+            for lane, address in self._each(operands[0], active):
+                self._memory.at(address, _in_bulk(int(counts[lane]), f"{text} of {self}"), text, 16)
+            return
         if op[1:3] != ("async", "bulk") or op[4:5] != ("global",) or "multicast::cluster" in op:
             raise NotImplementedError(text)
         sources, counts, barriers = dict(self._each(operands[1], active)), self._bits(operands[2]), dict(self._each(operands[3], active))
         for lane, address in self._each(operands[0], active):
-            count, source = int(counts[lane]), sources[lane]
-            if count % 16:
-                raise ClusterError(f"{text} of {self}: {count} is not a multiple of 16 bytes")
+            count, source = _in_bulk(int(counts[lane]), f"{text} of {self}"), sources[lane]
             self._send(address, barriers[lane], count, 16, lambda source=source, count=count: self._memory.at(source, count, text, 16), text)
 
     def _send(self, address: int, barrier: int, count: int, alignment: int, read: Callable[[], Lanes], text: str) -> None:
@@ -293,6 +296,13 @@ class Cta(Machine):
         if cta is not of_barrier:
             raise ClusterError(f"{text} of {self}: bytes for {cta} are counted by a barrier of {of_barrier}")
         self._cluster.send(Transfer(cta, at, barrier_at, count, alignment, read, f"{text} of {self}"))
+
+
+def _in_bulk(count: int, text: str) -> int:
+    """Return how many bytes are copied in bulk. Raises ClusterError unless that is a multiple of 16."""
+    if count % 16:
+        raise ClusterError(f"{text}: {count} is not a multiple of 16 bytes")
+    return count
 
 
 def _described(lanes: Lanes) -> str:

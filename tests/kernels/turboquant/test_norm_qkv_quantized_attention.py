@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numerics import DTYPES, EVERY_OPCHECK, dtypes, poisoned_memory, random_tensor, seeds
 from test_decode_attention import MASKS
 from test_norm_linears import oracle as linear_oracle
-from test_norm_qkv_attention import MROPE, heads_of, moved, projections
+from test_norm_qkv_attention import BAD_PREFETCH, MROPE, heads_of, moved, projections, weights_to_prefetch
 from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_quantized_attention import VARIANTS, check_step, in_dtype, in_float64
 from test_qk_norm_rope_quantized_attention import make_arguments as attention_arguments
@@ -111,6 +111,16 @@ def test_more_tiles_than_are_requested_at_once(device, mask_kind):
     check(served_arguments(0, 4096, 3000, device, sinks=4, window=64, start=7, mask_kind=mask_kind))
 
 
+@pytest.mark.parametrize(("slots", "position"), [(48, 40), (512, 300), (2064, 2060)])
+def test_what_is_prefetched_changes_nothing(device, slots, position):
+    """Also where it is later, as a CTA has more tiles than it requests at once. The PTX simulator refuses what lies outside of the weights."""
+    results = []
+    for prefetch in (None, weights_to_prefetch(device)):
+        arguments = served_arguments(0, slots, position, device, start=3)
+        results.append((norm_qkv_quantized_attention_triton(*arguments, prefetch), *arguments[K_CODES : KEPT + 1]))
+    assert all(torch.equal(*both) for both in zip(*results))
+
+
 def test_without_a_mask_all_slots_count(device):
     check(served_arguments(0, 96, 95, device, mask_kind="none"))
 
@@ -118,6 +128,14 @@ def test_without_a_mask_all_slots_count(device):
 @pytest.mark.parametrize("mask_kind", ["none", "bool"])
 def test_slots_behind_the_new_token_count_where_the_mask_does_not_exclude_them(device, mask_kind):
     check(served_arguments(0, 96, 50, device, mask_kind=mask_kind))
+
+
+@pytest.mark.parametrize(("position", "start"), [(23, 0), (24, 0), (40, 17), (41, 17), (42, 17), (30, 17)])
+def test_sinks_may_lie_just_before_the_window(device, position, start):
+    """Codes count only where a token is neither: from the first of these positions to the next there is one more of them, but no sooner."""
+    check(served_arguments(0, 96, position, device, start=start, mask_kind="causal"))
+    if start:  # slots before the start count if the mask says so
+        check(served_arguments(0, 96, position, device, start=start, mask_kind="bool"))
 
 
 @pytest.mark.parametrize("start", [0, 3])
@@ -240,6 +258,7 @@ def test_opcheck(device, format, dtype):
     for variant, norms, kind in (((32, [], False), (True, True, True), "bool"), ((64, [12, 10, 10], True), (False, False, True), "none")):
         arguments = make_arguments(0, format, (4, 2), 17, 3, variant, dtype, device, mask_kind=kind, norms=norms)
         torch.library.opcheck(torch.ops.qtts.norm_qkv_quantized_attention.default, tuple(arguments), test_utils=EVERY_OPCHECK)
+        arguments.append(weights_to_prefetch(device))
         for place in (3, 6, 7):
             arguments[place] = torch.tensor(arguments[place], dtype=torch.float64)
         torch.library.opcheck(torch.ops.qtts.norm_qkv_quantized_attention.tensor_eps, tuple(arguments), test_utils=EVERY_OPCHECK)
@@ -271,10 +290,11 @@ def test_opcheck(device, format, dtype):
         (SINKS, lambda _: -1, ValueError, "sinks must be from 0"),
         (FORMAT, lambda _: "int5", ValueError, "got 'int5'"),
         (MASK, lambda mask: mask.long(), TypeError, "mask must be bool or floating"),
+        *BAD_PREFETCH,
     ],
 )
 def test_bad_input(place, change, error, message):
-    arguments = make_arguments(0, "int4", (4, 2), 17, 3, (32, [], False), torch.float32, "cpu")
+    arguments = [*make_arguments(0, "int4", (4, 2), 17, 3, (32, [], False), torch.float32, "cpu"), weights_to_prefetch("cpu")]
     arguments[place] = change(arguments[place])
     with pytest.raises(error, match=message):
         norm_qkv_quantized_attention(*arguments)
