@@ -135,7 +135,7 @@ def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:
     capability, case, rows, launch = job
     try:
         with compiling_only(capability, COMPILE_LIMIT_S):
-            KERNELS[case.op](*build_arguments(case, rows, "cpu")[0], **launch._asdict())
+            KERNELS[case.op](*build_arguments(case, rows, "cpu")[0], launch)
         return True
     except (KeyboardInterrupt, triton.TritonError):
         return False
@@ -163,8 +163,8 @@ def measure(case: Case, rows: int, launches: Sequence[Launch], rounds: int = 9) 
     references, oracles = (REFERENCES[case.op](*arguments) for arguments in (sets[0], widened(sets[0])))
     timed = []
     for launch in launches:
-        if is_accurate(KERNELS[case.op](*sets[0], **launch._asdict()), references, oracles):
-            times = microseconds(lambda arguments, launch=launch: KERNELS[case.op](*arguments, **launch._asdict()), sets, rounds)
+        if is_accurate(KERNELS[case.op](*sets[0], launch), references, oracles):
+            times = microseconds(lambda arguments, launch=launch: KERNELS[case.op](*arguments, launch), sets, rounds)
             timed.append(dict(launch=launch, us=median(times), us_min=min(times), us_max=max(times)))
         else:
             print(f"{case.name}, {rows} rows: WRONG RESULT with {launch}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import triton.language as tl
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_rank
 from qtts_compile.kernels.gemv import MAX_ROWS, check_vector, check_weight, multiply_rows, request_weights
 from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.sizes import cdiv
@@ -73,16 +74,15 @@ def _embedding_linear_kernel(
 
 def embedding_linear_triton(
     tokens: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-    block_m: int | None = None, block_n: int | None = None, block_k: int | None = None, num_warps: int | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Launch the kernel of :func:`embedding_linear`; see ``Launch`` for the parameters that override what is chosen from the shapes."""
+    """Launch the kernel of :func:`embedding_linear`; a ``launch`` overrides what is chosen for the shapes."""
     y = embedding_linear_fake(tokens, table, weight, bias)
     if y.numel() == 0:
         return y
     outputs, rows = weight.shape[0], tokens.numel()
-    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
-    run = lambda weights, launch: embedding_linear_triton(tokens, table, *weights, bias, *launch)  # noqa: E731
-    options = launch_options("embedding_linear", rows, [weight], outputs, run, **given)
+    run = lambda weights, launch: embedding_linear_triton(tokens, table, *weights, bias, launch)  # noqa: E731
+    options = launch_options("embedding_linear", rows, [weight], outputs, run, launch)
     _embedding_linear_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         tokens.contiguous(), table, weight, bias, y, rows, outputs, table.shape[0], table.stride(0), weight.stride(0),
         **options, debug=True, sanitize_overflow=False,

@@ -17,39 +17,42 @@ MIN_SEARCHED_BYTES = 1e6  # of weights: with less to read, launches differ by no
 
 
 def launch_options(
-    op: str, rows: int, weights: Sequence[torch.Tensor], outputs: int, run: Callable[[Sequence[torch.Tensor], Launch], object], **given: int | None
-) -> dict[str, Any]:
+    op: str, rows: int, weights: Sequence[torch.Tensor], outputs: int, run: Callable[[Sequence[torch.Tensor], Launch], object],
+    launch: Launch | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Return the constants and launch options of the kernel of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs.
 
-    ``given`` may override each field of ``Launch``; those that are None do not. Where nothing is given, measured parameters are used, and measured
-    first by ``run``, which launches the kernel with other weights, if this GPU has none and can do so now. Else a rule chooses.
+    Where no ``launch`` is given, measured parameters are used, and measured first by ``run``, which launches the kernel with other weights, if this
+    GPU has none and can do so now. Else a rule chooses.
     """
     width, dtype, device = weights[0].shape[1], weights[0].dtype, weights[0].device
     matrices = sum(weight.shape[0] for weight in weights) // outputs
-    overridden = {name: value for name, value in given.items() if value is not None}
-    launch = None
-    if not overridden:
+    if launch is None:
         shape = Shape(op, dtype.itemsize, outputs, width, next_power_of_2(rows))
         launch = lookup(shape, device)
         if launch is None and outputs * matrices * width * dtype.itemsize >= MIN_SEARCHED_BYTES and can_search(device):
             launch = search(shape, candidates(rows, outputs, width, dtype, matrices), weights, run)
-    launch = (launch or choose_launch(rows, outputs, width, dtype, matrices))._replace(**overridden)
+    launch = launch or choose_launch(rows, outputs, width, dtype, matrices)
     return _constants(launch, width, matrices, dtype.itemsize) | pdl_options(device)
 
 
 @functools.cache
 def _constants(launch: Launch, width: int, matrices: int, itemsize: int) -> dict[str, Any]:
-    tile = launch.block_n * matrices * launch.block_k
-    in_flight = BYTES_IN_FLIGHT * 32 * launch.num_warps // (tile * itemsize)
+    in_flight = launch.in_flight or BYTES_IN_FLIGHT // bytes_of_thread(launch, matrices, itemsize)
     return dict(
         K=width,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
-        IN_FLIGHT=max(1, min(in_flight, cdiv(width, launch.block_k))),
+        IN_FLIGHT=max(1, min(int(in_flight), cdiv(width, launch.block_k))),
         SPLITS=max(1, min(launch.num_warps, launch.block_k // 16)),
         num_warps=launch.num_warps,
     )
+
+
+def bytes_of_thread(launch: Launch, matrices: int, itemsize: int) -> float:
+    """Return what a thread has of a tile of weights."""
+    return launch.block_n * matrices * launch.block_k * itemsize / (32 * launch.num_warps)
 
 
 def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Launch:

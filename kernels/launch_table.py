@@ -1,6 +1,7 @@
 """Launch parameters that were measured: those shipped for a GPU, and those found on this machine, which come first.
 
-A table is a JSON object of ``{"op bits outputs x width, rows": [block_m, block_n, block_k, num_warps]}``, one file for each GPU.
+A table is a JSON object of ``{"op bits outputs x width, rows": [block_m, block_n, block_k, num_warps, in_flight]}``, one file for each GPU; the last
+number may be missing.
 """
 
 import contextlib
@@ -22,15 +23,17 @@ SHIPPED = Path(__file__).parent / "launches"
 
 
 class Launch(NamedTuple):
-    """Rows of x, outputs and columns of a tile, all powers of two, and warps of a program.
+    """Rows of x, outputs and columns of a tile, all powers of two, warps of a program, and how many tiles it requests before it needs the first.
 
-    At least 2 outputs are chosen: 1 failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.
+    For 0 of these a rule chooses. Fewer take fewer registers, which leaves room for the programs of the next kernel. At least 2 outputs are chosen: 1
+    failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.
     """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
+    in_flight: int = 0
 
 
 class Shape(NamedTuple):
@@ -104,7 +107,10 @@ def _read(path: Path) -> dict[str, Launch]:
         return {}
 
 
-def _valid(*launch: int) -> Launch:
-    if not all(type(value) is int and value > 0 and value & (value - 1) == 0 for value in launch):
-        raise ValueError(f"{launch} are not powers of two")
-    return Launch(*launch)
+def _valid(*values: int) -> Launch:
+    launch = Launch(*values)
+    if not all(type(value) is int and value > 0 and value & (value - 1) == 0 for value in launch[:4]):
+        raise ValueError(f"{launch[:4]} are not powers of two")
+    if type(launch.in_flight) is not int or launch.in_flight < 0:
+        raise ValueError(f"{launch.in_flight} is no number of tiles")
+    return launch

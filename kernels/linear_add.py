@@ -17,6 +17,7 @@ from qtts_compile.kernels.gemv import (
     request_weights,
 )
 from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.sizes import cdiv
@@ -76,17 +77,16 @@ def _linear_add_kernel(
 
 def linear_add_triton(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor,
-    block_m: int | None = None, block_n: int | None = None, block_k: int | None = None, num_warps: int | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Launch the kernel of :func:`linear_add`; see ``Launch`` for the parameters that override what is chosen from the shapes."""
+    """Launch the kernel of :func:`linear_add`; a ``launch`` overrides what is chosen for the shapes."""
     y = linear_add_fake(x, weight, bias, residual)
     if y.numel() == 0:
         return y
     outputs = weight.shape[0]
     x, residual = as_matrix(x), as_matrix(residual)
-    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
-    run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, *launch)  # noqa: E731
-    options = launch_options("linear_add", x.shape[0], [weight], outputs, run, **given)
+    run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, launch)  # noqa: E731
+    options = launch_options("linear_add", x.shape[0], [weight], outputs, run, launch)
     _linear_add_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         x, weight, bias, residual, y, x.shape[0], outputs, x.stride(0), weight.stride(0), residual.stride(0),
         **options,

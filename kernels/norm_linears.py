@@ -20,6 +20,7 @@ from qtts_compile.kernels.gemv import (
     request_weights,
 )
 from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
@@ -103,17 +104,16 @@ def _norm_linears_kernel(
 
 def norm_linears_triton(
     x: torch.Tensor, norm_weight: torch.Tensor | None, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], eps: float,
-    block_m: int | None = None, block_n: int | None = None, block_k: int | None = None, num_warps: int | None = None,
+    launch: Launch | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Launch the kernel of :func:`norm_linears`; see ``Launch`` for the parameters that override what is chosen from the shapes."""
+    """Launch the kernel of :func:`norm_linears`; a ``launch`` overrides what is chosen for the shapes."""
     ys = norm_linears_fake(x, norm_weight, weights, biases, eps)
     if ys[0].numel() == 0:
         return ys
     x = as_matrix(x)
     sizes = [weight.shape[0] for weight in weights]
-    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
-    run = lambda weights, launch: norm_linears_triton(x, norm_weight, weights, biases, eps, *launch)  # noqa: E731
-    options = launch_options("norm_linears", x.shape[0], weights, sum(sizes), run, **given)
+    run = lambda weights, launch: norm_linears_triton(x, norm_weight, weights, biases, eps, launch)  # noqa: E731
+    options = launch_options("norm_linears", x.shape[0], weights, sum(sizes), run, launch)
     _norm_linears_kernel[(sum(cdiv(size, options["BLOCK_N"]) for size in sizes),)](
         x, norm_weight, tuple(weights), tuple(biases), tuple(ys), x.shape[0], tuple(sizes), x.stride(0),
         tuple(weight.stride(0) for weight in weights), eps, **options,

@@ -18,6 +18,7 @@ from qtts_compile.kernels.gemv import (
     request_weights,
 )
 from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
@@ -83,18 +84,17 @@ def _norm_swiglu_kernel(
 
 def norm_swiglu_triton(
     x: torch.Tensor, norm_weight: torch.Tensor | None, gate_weight: torch.Tensor, up_weight: torch.Tensor, eps: float,
-    block_m: int | None = None, block_n: int | None = None, block_k: int | None = None, num_warps: int | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Launch the kernel of :func:`norm_swiglu`; see ``Launch`` for the parameters that override what is chosen from the shapes."""
+    """Launch the kernel of :func:`norm_swiglu`; a ``launch`` overrides what is chosen for the shapes."""
     y = norm_swiglu_fake(x, norm_weight, gate_weight, up_weight, eps)
     if y.numel() == 0:
         return y
     outputs = gate_weight.shape[0]
     x = as_matrix(x)
     weights = [gate_weight, up_weight]
-    given = dict(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
-    run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, *launch)  # noqa: E731
-    options = launch_options("norm_swiglu", x.shape[0], weights, outputs, run, **given)
+    run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, launch)  # noqa: E731
+    options = launch_options("norm_swiglu", x.shape[0], weights, outputs, run, launch)
     options["IS_ALIGNED"] = all(weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.itemsize % 16 == 0 for weight in weights)
     _norm_swiglu_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         x, norm_weight, gate_weight, up_weight, y, x.shape[0], outputs, x.stride(0), gate_weight.stride(0), up_weight.stride(0), eps, **options

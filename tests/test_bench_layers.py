@@ -1,6 +1,7 @@
 """The benchmark of layers in a chain: what its command line asks for, and the attention that stands in a layer."""
 
 import re
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from bench import layers
 from bench.readme import README
+from qtts_compile.kernels.launch_table import Launch
 
 
 def test_each_cache_is_timed_at_each_position(capsys):
@@ -18,6 +20,51 @@ def test_each_cache_is_timed_at_each_position(capsys):
     with pytest.raises(SystemExit, match="2"):
         layers.arguments_of(["--positions", "64", "2048"])
     assert "--positions 2048: give 1 to 2047, or --slots for more" in capsys.readouterr().err
+
+
+def test_a_position_is_timed_in_every_cache_that_reaches_so_far():
+    arguments = layers.arguments_of("--stacks talker --slots 256 8192 --positions 64 512".split())
+    assert [(stack.slots, stack.position) for _, stack, _ in arguments.variants] == [(256, 64), (8192, 64), (8192, 512)]
+
+
+def test_launches_with_other_numbers_of_tiles_in_flight_are_tried(monkeypatch):
+    case = layers.case_of("talker", "down")
+    now = Launch(1, 8, 2048, 8)
+    monkeypatch.setattr(layers, "chosen_launch", lambda case, rows: now)
+    launches = layers.launches_of(case)
+    assert launches[0] == now and len(set(launches)) == len(launches)
+    assert {launch.in_flight for launch in launches if launch[:4] == now[:4]} == {0, 1, 2, 3}  # 128 bytes of a thread are a tile, 3 the row
+    assert {launch.in_flight for launch in launches if launch[:4] == (1, 2, 1024, 4)} == {0, 4, 6}  # of 6 in the row
+    assert all(launch.in_flight * launch.block_k <= case.width for launch in launches)
+
+
+def search(times, monkeypatch):
+    """Search the launches of a part, which take the ``times`` of a layer over two caches, by what is in flight; return what is found and measured."""
+    launches = [Launch(1, 2, 256, 1, in_flight) for in_flight in range(len(times))]
+    table, measured = {}, []
+
+    def measure(place, x, rounds=layers.ROUNDS):
+        measured.append((table.get("launch", launches[0]).in_flight, place))
+        return times[measured[-1][0]][place]
+
+    monkeypatch.setattr(layers, "measure", measure)
+    monkeypatch.setattr(layers, "chosen_launch", lambda case, rows: table.get("launch", launches[0]))
+    monkeypatch.setattr(layers, "launches_of", lambda case: launches)
+    monkeypatch.setattr(layers, "remember", lambda shape, device, launch: table.update(launch=launch))
+    case, places = layers.case_of("talker", "down"), cast(Any, [0, 1])
+    found = layers.search("talker", ["down"], places, torch.empty(1), {(case, launch) for launch in launches})
+    assert list(found.values()) == [table["launch"]]
+    return table["launch"].in_flight, set(measured)
+
+
+def test_a_search_takes_what_is_fastest_over_all_caches(monkeypatch):
+    found, measured = search([(30.0, 30.0), (29.0, 31.5), (30.1, 29.0), (31.0, 20.0), (29.99, 30.0)], monkeypatch)
+    assert found == 2
+    assert {(1, 1), (2, 1)} <= measured and (3, 1) not in measured  # given up over the first
+
+
+def test_a_search_keeps_what_it_cannot_tell_apart(monkeypatch):
+    assert search([(30.0, 30.0), (29.98, 29.98)], monkeypatch)[0] == 0
 
 
 def test_readme_s_commands_are_understood():

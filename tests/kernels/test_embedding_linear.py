@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
 
 from qtts_compile.kernels.embedding_linear import embedding_linear, embedding_linear_reference, embedding_linear_triton
+from qtts_compile.kernels.launch_table import Launch
 
 shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 3, 2), (16,)])
 
@@ -15,9 +16,9 @@ def random_tokens(seed, shape, entries, device, strided=False):
     return tokens[..., 0] if strided else tokens
 
 
-def check(tokens, table, weight, bias, **launch):
+def check(tokens, table, weight, bias, launch=None):
     with poisoned_memory():
-        y = embedding_linear_triton(tokens, table, weight, bias, **launch)
+        y = embedding_linear_triton(tokens, table, weight, bias, launch)
     many = rotations(weight)
     bias = bias if bias is None else bias.repeat(len(many) // len(bias))
     oracle = table[tokens].double() @ many.double().T + (0.0 if bias is None else bias.double())
@@ -39,13 +40,13 @@ def test_kernel_is_as_accurate_as_eager(device, shape, width, size, entries, has
 
 @given(
     st.integers(1, 16), st.sampled_from([30, 256]), st.sampled_from([1, 2, 8, 16]), st.sampled_from([2, 4, 16]),
-    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), dtypes, seeds,
+    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), st.integers(0, 3), dtypes, seeds,
 )  # fmt: skip
-def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, dtype, seed):
+def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, in_flight, dtype, seed):
     block_m = max(block_m, 1 << (rows - 1).bit_length())
     table, weight = random_tensor(seed, (50, width), dtype, device), random_tensor(seed + 1, (9, width), dtype, device)
     tokens = random_tokens(seed, (rows,), 50, device)
-    check(tokens, table, weight, None, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    check(tokens, table, weight, None, Launch(block_m, block_n, block_k, num_warps, in_flight))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

@@ -21,7 +21,7 @@ def is_power_of_2(value):
 @given(rows, sizes, sizes, st.sampled_from(DTYPES), st.sampled_from([1, 2]))
 def test_every_shape_has_a_valid_launch(rows, outputs, width, dtype, matrices):
     launch = choose_launch(rows, outputs, width, dtype, matrices)
-    assert all(is_power_of_2(value) for value in launch)
+    assert all(is_power_of_2(value) for value in launch[:4]) and launch.in_flight == 0
     assert launch.block_m >= rows and launch.num_warps <= 8
     assert launch.block_n * launch.block_k * matrices * dtype.itemsize <= 64 * 1024
     if launch.block_m >= 8 and dtype != torch.float32:
@@ -39,23 +39,25 @@ def test_one_row_fills_an_h200(outputs, width):
 @given(rows, st.integers(1, 64), sizes, st.sampled_from(DTYPES), st.sampled_from([1, 2, 8]), st.sampled_from([16, 512, 4096]))
 def test_tiles_in_flight_fit_the_registers_and_the_row(rows, outputs, width, dtype, num_warps, block_k):
     x, weight = torch.empty(rows, width, dtype=dtype), torch.empty(outputs, width, dtype=dtype)
-    options = launch_options("op", len(x), [weight], outputs, lambda *_: None, block_n=2, block_k=block_k, num_warps=num_warps, block_m=None)
+    options = launch_options("op", len(x), [weight], outputs, lambda *_: None, Launch(16, 2, block_k, num_warps))
     assert (options["BLOCK_N"], options["BLOCK_K"], options["num_warps"]) == (2, block_k, num_warps)
     in_flight = options["IN_FLIGHT"]
     assert in_flight >= 1 and (in_flight - 1) * block_k < width
     assert in_flight == 1 or in_flight * 2 * block_k * dtype.itemsize <= BYTES_IN_FLIGHT * 32 * num_warps
     assert block_k // options["SPLITS"] >= 16
+    asked = launch_options("op", len(x), [weight], outputs, lambda *_: None, Launch(16, 2, block_k, num_warps, 3))
+    assert asked == options | dict(IN_FLIGHT=min(3, -(-width // block_k)))
 
 
 @given(rows, sizes, sizes, st.sampled_from(DTYPES), st.sampled_from([1, 2]))
 def test_a_search_tries_the_rule_s_choice_and_nothing_twice(rows, outputs, width, dtype, matrices):
     launches = candidates(rows, outputs, width, dtype, matrices)
     assert launches[0] == choose_launch(rows, outputs, width, dtype, matrices) and len(set(launches)) == len(launches)
-    assert all(is_power_of_2(value) for launch in launches for value in launch) and all(launch.block_m >= rows for launch in launches)
+    assert all(is_power_of_2(value) for launch in launches for value in launch[:4]) and all(launch.block_m >= rows for launch in launches)
 
 
-def options(weights, outputs, rows=3, run: Any = pytest.fail, **given):
-    launched = launch_options("op", rows, weights, outputs, run, **given)
+def options(weights, outputs, rows=3, run: Any = pytest.fail, launch=None):
+    launched = launch_options("op", rows, weights, outputs, run, launch)
     return Launch(launched["BLOCK_M"], launched["BLOCK_N"], launched["BLOCK_K"], launched["num_warps"])
 
 
@@ -66,7 +68,7 @@ def test_measured_launches_come_first_and_given_ones_before_them(monkeypatch):
     by_rule = choose_launch(3, 64, 128, torch.bfloat16)
     assert options(weights, 64) == options([weights[0].half()], 64, rows=4) == measured != by_rule
     assert options(weights, 64, rows=2) != measured and options([weights[0].float()], 64) != measured
-    assert options(weights, 64, block_n=2) == by_rule._replace(block_n=2)
+    assert options(weights, 64, launch=by_rule) == by_rule
 
 
 def test_what_was_not_measured_is_searched_once_where_that_is_possible_and_pays(monkeypatch):

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
 
+from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.linear_add import linear_add, linear_add_reference, linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears
 from qtts_compile.kernels.norm_swiglu import norm_swiglu
@@ -11,9 +12,9 @@ from qtts_compile.kernels.norm_swiglu import norm_swiglu
 shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 4), (2, 3, 2), (16,)])
 
 
-def check(x, weight, bias, residual, **launch):
+def check(x, weight, bias, residual, launch=None):
     with poisoned_memory():
-        y = linear_add_triton(x, weight, bias, residual, **launch)
+        y = linear_add_triton(x, weight, bias, residual, launch)
     many = rotations(weight)
     turns = len(many) // len(weight)
     bias, residual = bias if bias is None else bias.repeat(turns), residual.repeat(*(1 for _ in x.shape[:-1]), turns)
@@ -33,12 +34,12 @@ def test_kernel_is_as_accurate_as_eager(device, shape, width, size, has_bias, dt
 
 @given(
     st.integers(1, 16), st.sampled_from([30, 256]), st.sampled_from([1, 2, 8, 16]), st.sampled_from([2, 4, 16]),
-    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), dtypes, seeds,
+    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), st.integers(0, 3), dtypes, seeds,
 )  # fmt: skip
-def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, dtype, seed):
+def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, in_flight, dtype, seed):
     block_m = max(block_m, 1 << (rows - 1).bit_length())
     x, residual, weight = (random_tensor(seed + i, shape, dtype, device) for i, shape in enumerate([(rows, width), (rows, 9), (9, width)]))
-    check(x, weight, None, residual, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    check(x, weight, None, residual, Launch(block_m, block_n, block_k, num_warps, in_flight))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

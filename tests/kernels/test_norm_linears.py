@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
 
+from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.norm_linears import norm_linears, norm_linears_reference, norm_linears_triton
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 
@@ -18,9 +19,9 @@ def oracle(x, norm_weight, weights, biases):
     return [x @ weight.double().T + (0.0 if bias is None else bias.double()) for weight, bias in zip(weights, biases, strict=True)]
 
 
-def check(x, norm_weight, weights, biases, **launch):
+def check(x, norm_weight, weights, biases, launch=None):
     with poisoned_memory():
-        ys = norm_linears_triton(x, norm_weight, weights, biases, EPS, **launch)
+        ys = norm_linears_triton(x, norm_weight, weights, biases, EPS, launch)
     many = [rotations(weight) for weight in weights]
     biases = [bias if bias is None else bias.repeat(len(more) // len(bias)) for bias, more in zip(biases, many)]
     references = norm_linears_reference(x, norm_weight, many, biases, EPS)
@@ -44,13 +45,13 @@ def test_kernel_is_as_accurate_as_eager(device, shape, width, sizes, has_norm, d
 
 @given(
     st.integers(1, 16), st.sampled_from([30, 256]), st.sampled_from([1, 2, 8, 16]), st.sampled_from([2, 4, 16]),
-    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), dtypes, seeds,
+    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), st.integers(0, 3), dtypes, seeds,
 )  # fmt: skip
-def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, dtype, seed):
+def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, in_flight, dtype, seed):
     block_m = max(block_m, 1 << (rows - 1).bit_length())
     x, norm_weight = random_tensor(seed, (rows, width), dtype, device), random_tensor(seed + 1, (width,), dtype, device)
     weights = [random_tensor(seed + 2 + i, (size, width), dtype, device) for i, size in enumerate((9, 5))]
-    check(x, norm_weight, weights, [None, None], block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    check(x, norm_weight, weights, [None, None], Launch(block_m, block_n, block_k, num_warps, in_flight))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])

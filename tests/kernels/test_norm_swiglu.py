@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
 
+from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.norm_swiglu import norm_swiglu, norm_swiglu_reference, norm_swiglu_triton
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.swiglu import swiglu_reference
@@ -20,9 +21,9 @@ def oracle(x, norm_weight, gate_weight, up_weight):
     return gate * gate.sigmoid() * (x @ up_weight.double().T)
 
 
-def check(x, norm_weight, gate_weight, up_weight, **launch):
+def check(x, norm_weight, gate_weight, up_weight, launch=None):
     with poisoned_memory():
-        y = norm_swiglu_triton(x, norm_weight, gate_weight, up_weight, EPS, **launch)
+        y = norm_swiglu_triton(x, norm_weight, gate_weight, up_weight, EPS, launch)
     weights = rotations(gate_weight), rotations(up_weight)
     assert_accurate(y, oracle(x, norm_weight, *weights), norm_swiglu_reference(x, norm_weight, *weights, EPS), leading=True)
     assert y.is_contiguous()
@@ -44,13 +45,13 @@ def test_kernel_is_as_accurate_as_eager(device, shape, width, size, has_norm, dt
 
 @given(
     st.integers(1, 16), st.sampled_from([30, 256]), st.sampled_from([1, 2, 8, 16]), st.sampled_from([2, 4, 16]),
-    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), dtypes, seeds,
+    st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), st.integers(0, 3), dtypes, seeds,
 )  # fmt: skip
-def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, dtype, seed):
+def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, in_flight, dtype, seed):
     block_m = max(block_m, 1 << (rows - 1).bit_length())
     x, norm_weight = random_tensor(seed, (rows, width), dtype, device), random_tensor(seed + 1, (width,), dtype, device)
     weights = random_weights(seed + 2, 9, width, dtype, device)
-    check(x, norm_weight, *weights, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps)
+    check(x, norm_weight, *weights, Launch(block_m, block_n, block_k, num_warps, in_flight))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
