@@ -28,7 +28,7 @@ from bench.linears import CASES, Case, chosen_launch, compile_launch
 from bench.machine import describe
 from bench.quantized_attention import build_arguments, kernel_of, write_prompt
 from bench.reads import copy_bandwidth
-from qtts_compile.kernels.gemv_launch import bytes_of_thread, candidates
+from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, candidates, tiles_in_flight
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, remember
 from qtts_compile.kernels.linear_add import linear_add_triton
@@ -45,7 +45,7 @@ ROUNDS = 15
 SEARCH_ROUNDS = 5  # of a launch that may turn out slow
 NOISE_US = 0.03  # of a layer
 GIVE_UP_US = 0.2  # of a layer: by so much a launch may be slower over some caches and win over others
-BYTES_IN_FLIGHT = (128, 192, 256, 384, 512)  # of a thread
+TRIED_BYTES = (128, 192, 256, 384, 512)  # of each thread, of weights in flight
 Layers = Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -108,12 +108,11 @@ def case_of(stack: str, part: str) -> Case:
 
 
 def launches_of(case: Case) -> list[Launch]:
-    """Return what is tried for a linear kernel, what it is launched with now first."""
+    """Return what is tried for a linear kernel, what it is launched with now first; what the rule has in flight is not named again."""
     launches = [chosen_launch(case, 1), *candidates(1, case.outputs, case.width, torch.bfloat16, case.matrices)]
     for launch in list(launches):
-        of_thread = bytes_of_thread(launch, case.matrices, 2)
-        counts = [min(int(count // of_thread), case.width // launch.block_k) for count in BYTES_IN_FLIGHT]
-        launches += [launch._replace(in_flight=count) for count in counts if count]
+        by_rule, *counts = (tiles_in_flight(launch, tried, case.width, case.matrices, 2) for tried in (BYTES_IN_FLIGHT, *TRIED_BYTES))
+        launches += [launch._replace(in_flight=count) for count in counts if count != by_rule]
     return list(dict.fromkeys(launches))
 
 

@@ -38,21 +38,22 @@ def launch_options(
 
 @functools.cache
 def _constants(launch: Launch, width: int, matrices: int, itemsize: int) -> dict[str, Any]:
-    in_flight = launch.in_flight or BYTES_IN_FLIGHT // bytes_of_thread(launch, matrices, itemsize)
+    in_flight = launch.in_flight or tiles_in_flight(launch, BYTES_IN_FLIGHT, width, matrices, itemsize)
     return dict(
         K=width,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
-        IN_FLIGHT=max(1, min(int(in_flight), cdiv(width, launch.block_k))),
+        IN_FLIGHT=min(in_flight, cdiv(width, launch.block_k)),
         SPLITS=max(1, min(launch.num_warps, launch.block_k // 16)),
         num_warps=launch.num_warps,
     )
 
 
-def bytes_of_thread(launch: Launch, matrices: int, itemsize: int) -> float:
-    """Return what a thread has of a tile of weights."""
-    return launch.block_n * matrices * launch.block_k * itemsize / (32 * launch.num_warps)
+def tiles_in_flight(launch: Launch, bytes_of_thread: int, width: int, matrices: int, itemsize: int) -> int:
+    """Return how many tiles of weights take at most so many bytes of each thread: at least one, and no more than there are in a row."""
+    tile = launch.block_n * matrices * launch.block_k * itemsize
+    return max(1, min(bytes_of_thread * 32 * launch.num_warps // tile, cdiv(width, launch.block_k)))
 
 
 def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Launch:

@@ -9,6 +9,7 @@ import torch
 
 from bench import layers
 from bench.readme import README
+from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.launch_table import Launch
 
 
@@ -33,9 +34,12 @@ def test_launches_with_other_numbers_of_tiles_in_flight_are_tried(monkeypatch):
     monkeypatch.setattr(layers, "chosen_launch", lambda case, rows: now)
     launches = layers.launches_of(case)
     assert launches[0] == now and len(set(launches)) == len(launches)
-    assert {launch.in_flight for launch in launches if launch[:4] == now[:4]} == {0, 1, 2, 3}  # 128 bytes of a thread are a tile, 3 the row
-    assert {launch.in_flight for launch in launches if launch[:4] == (1, 2, 1024, 4)} == {0, 4, 6}  # of 6 in the row
+    assert {launch.in_flight for launch in launches if launch[:4] == now[:4]} == {0, 1, 3}  # 2 by the rule, 3 in the row
+    assert {launch.in_flight for launch in launches if launch[:4] == (1, 2, 1024, 4)} == {0, 4}  # all 6 of the row by the rule
     assert all(launch.in_flight * launch.block_k <= case.width for launch in launches)
+    weights = [torch.empty(2048, 6144, dtype=torch.bfloat16)]
+    compiled = [tuple(launch_options("linear_add", 1, weights, 2048, mock.Mock(), launch).items()) for launch in launches]
+    assert len(set(compiled)) == len(compiled)
 
 
 def search(times, monkeypatch):

@@ -100,20 +100,18 @@ def mlp_inputs():
     return torch.rand(HEADS * WIDTH) + 0.5, *(torch.randn(40, HEADS * WIDTH) / 8 for _ in range(2))
 
 
-def test_the_weights_that_an_mlp_reads_next_are_prefetched():
-    def function(norm_weight, gate, up, *tensors):
-        return mlp(layer(*tensors).reshape(1, 1, -1), norm_weight, gate, up)
+def layer_and_mlp(norm_weight, gate, up, *tensors):
+    return mlp(layer(*tensors).reshape(1, 1, -1), norm_weight, gate, up)
 
-    report, graphs = rewritten(function, *mlp_inputs(), *inputs())
+
+def test_the_weights_that_an_mlp_reads_next_are_prefetched():
+    report, graphs = rewritten(layer_and_mlp, *mlp_inputs(), *inputs())
     assert kernels(report) == {**JOINED, "norm_swiglu": 1} and prefetched(graphs.final) == [True]
 
 
 def test_weights_with_gaps_are_not_prefetched():
-    def function(norm_weight, gate, up, *tensors):
-        return mlp(layer(*tensors).reshape(1, 1, -1), norm_weight, gate, up)
-
     norm_weight, gate, up = mlp_inputs()
-    report, graphs = rewritten(function, norm_weight, F.pad(gate, (0, 8))[:, :-8], up, *inputs())
+    report, graphs = rewritten(layer_and_mlp, norm_weight, F.pad(gate, (0, 8))[:, :-8], up, *inputs())
     assert kernels(report) == {**JOINED, "norm_swiglu": 1} and prefetched(graphs.final) == [False]
 
 
