@@ -37,18 +37,20 @@ def quantized_attention(results: Results) -> str:
 
 
 def layers(results: Results) -> str:
-    """A talker's layer as it stands in a frame, by kind of cache and position, and how many times as fast as over bfloat16."""
-    us = {(row["kv_cache"], row["position"]): row["us"][-1] for row in results.rows if row["stack"] == "talker"}
-    formats, positions = (list(dict.fromkeys(each)) for each in zip(*us, strict=True))
-    floor = results.row(stack="talker", kv_cache=formats[0], position=positions[0])["floor_us"]
+    """A talker's layer as it stands in a frame, by kind of cache, slots and position, and how many times as fast as over bfloat16."""
+    talkers = [row for row in results.rows if row["stack"] == "talker"]
+    places: dict[tuple[int, int], dict[str, float]] = {}
+    for row in talkers:
+        places.setdefault((row["slots"], row["position"]), {})[row["kv_cache"]] = row["us"][-1]
+    formats = list(dict.fromkeys(row["kv_cache"] for row in talkers))
 
-    def cell(name: str, position: int) -> str:
-        ratio = "" if name == "bf16" or "bf16" not in formats else f" ({us['bf16', position] / us[name, position]:.2f}x)"
-        return f"{us[name, position]:.2f}{ratio}"
+    def cell(us: dict[str, float], name: str) -> str:
+        ratio = "" if name == "bf16" or "bf16" not in us else f" ({us['bf16'] / us[name]:.2f}x)"
+        return f"{us[name]:.2f}{ratio}"
 
-    rows = [[str(position), *(cell(name, position) for name in formats)] for position in positions]
-    table = markdown(["position", *(f"{name}, us a layer" for name in formats)], rows)
-    return f"{results.source}\n\n{table}\n\nA layer's weights can be read in {floor:.2f} us.\n"
+    rows = [[*map(str, place), *(cell(us, name) for name in formats)] for place, us in places.items()]
+    table = markdown(["slots", "position", *(f"{name}, us a layer" for name in formats)], rows)
+    return f"{results.source}\n\n{table}\n\nA layer's weights can be read in {talkers[0]['floor_us']:.2f} us.\n"
 
 
 def quality(results: Results) -> str:

@@ -220,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
     if arguments.table:
-        lines = [f"{json.dumps(shape)}: {json.dumps(list(launch))}" for shape, launch in sorted(table.items())]
+        launches = {shape: Launch(*launch) for shape, launch in sorted(table.items())}
+        lines = [f"{json.dumps(shape)}: {json.dumps(launch if launch.in_flight else launch[:4])}" for shape, launch in launches.items()]
         arguments.table.write_text("{\n " + ",\n ".join(lines) + "\n}\n")
 
 

@@ -43,7 +43,7 @@ def test_readme_names_every_mode():
 @pytest.mark.parametrize(
     ("name", "change", "shown"),
     [
-        ("speech-h200", lambda rows: rows[10]["figures"], None),
+        ("batches-h200", lambda rows: rows, None),
         ("starts-h200", lambda rows: next(row for row in rows if row["job"] == "cold-start")["figures"]["load"], "| 98.8 |"),
         ("decoder-h200", lambda rows: next(row for row in rows if row["row"].startswith("whole"))["figures"]["Codec.decode"], "| 98.77 ms |"),
     ],
@@ -139,15 +139,18 @@ def test_frames_name_their_own_cache_or_their_mode_s(tmp_path, monkeypatch):
     assert [line.split(" | ")[1:3] for line in lines] == [["`int4`", "32"]]
 
 
-def test_layers_are_shown_by_position_and_cache(tmp_path, monkeypatch):
-    timed = {("bf16", 64): [9.0, 8.0], ("bf16", 512): [9.0], ("int4", 64): [10.0], ("int4", 512): [7.5]}
-    rows = [{"stack": "talker", "kv_cache": name, "position": at, "us": us, "floor_us": 6.789} for (name, at), us in timed.items()]
-    rows.append({"stack": "predictor", "kv_cache": "bf16", "position": 8, "us": [3.0], "floor_us": 2.0})
+def test_layers_are_shown_by_place_and_cache(tmp_path, monkeypatch):
+    timed = {("bf16", 256, 64): [9.0, 8.0], ("bf16", 512, 64): [9.0], ("int4", 256, 64): [10.0], ("int4", 512, 64): [7.5]}
+    rows = [
+        {"stack": "talker", "kv_cache": name, "slots": slots, "position": at, "us": us, "floor_us": 6.789} for (name, slots, at), us in timed.items()
+    ]
+    rows.insert(0, {"stack": "predictor", "kv_cache": "bf16", "slots": 16, "position": 8, "us": [3.0], "floor_us": 2.0})
     machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
     (tmp_path / "layers.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows}))
     monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     lines = tables.TABLES["layers"](result_files.Results("layers")).splitlines()
-    assert lines[4:] == ["| 64 | 8.00 | 10.00 (0.80x) |", "| 512 | 9.00 | 7.50 (1.20x) |", "", "A layer's weights can be read in 6.79 us."]
+    shown = ["| 256 | 64 | 8.00 | 10.00 (0.80x) |", "| 512 | 64 | 9.00 | 7.50 (1.20x) |"]
+    assert lines[4:] == [*shown, "", "A layer's weights can be read in 6.79 us."]
 
 
 def test_free_speech_is_shown_with_its_error(tmp_path, monkeypatch):

@@ -59,6 +59,24 @@ def store_found_in_shared_tile(base, found):
 
 
 @gluon.jit
+def _place_of_columns(head, half, lane):
+    """Return where the two columns of a lane are among those of both heads, of which each warp has one's half."""
+    return (head * (4 * HEAD) + half * (2 * HEAD))[:, None] + (lane * 8)[None, :]
+
+
+@gluon.jit
+def send_nothing(base, rank):
+    """Send to the first CTA that nothing counts, so that a CTA need not attend in order to leave."""
+    layout: gl.constexpr = roles_layout()
+    warp = gl.arange(0, N_WARPS, layout=gl.SliceLayout(1, layout))
+    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+    head, zeros = warp % GROUP, gl.zeros([4, 32], gl.float32, layout=layout)
+    place = _place_of_columns(head, warp // GROUP, lane)
+    send_columns(zeros, zeros, base + PARTIALS + rank * (4 * GROUP * HEAD) + place, base + ARRIVED + 8)
+    send_stats(head * 0.0 - float("inf"), head * 0.0, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+
+
+@gluon.jit
 def send_all(base, rank, has_kept, IS_ROTATED: gl.constexpr):
     """Send what was found in tiles, rotated back if it is of rotated values, and in shared memory if ``has_kept``, to the first CTA."""
     layout: gl.constexpr = roles_layout()
@@ -88,7 +106,7 @@ def send_all(base, rank, has_kept, IS_ROTATED: gl.constexpr):
         even, odd = even + new_even * factor[:, None], odd + new_odd * factor[:, None]
     if IS_ROTATED:
         even, odd = unrotate_half(base, even, odd, half)
-    place = (head * (4 * HEAD) + half * (2 * HEAD))[:, None] + (lane * 8)[None, :]
+    place = _place_of_columns(head, half, lane)
     if has_kept:
         kept_even, kept_odd = load_floats_2(base + KEPT_COLUMNS + place)
         even, odd = even + kept_even * kept_factor[:, None], odd + kept_odd * kept_factor[:, None]

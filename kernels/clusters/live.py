@@ -103,6 +103,14 @@ def any_behind(base):
 
 
 @gluon.jit
+def any_live(Mask_ptr, is_looked_at):
+    """Tell whether the first 16 bytes of a mask let any slot count, if they are looked at."""
+    words = Mask_ptr.to(gl.pointer_type(gl.int64))
+    first, second = gl.load(words, mask=is_looked_at, other=0, volatile=True), gl.load(words + 1, mask=is_looked_at, other=0, volatile=True)
+    return (first | second) != 0
+
+
+@gluon.jit
 def deal(n_tiles, rank):
     """Return the first slot that a CTA of the cluster attends to, and how many tiles: as many for each warp, so that the last CTAs may have none."""
     most = (n_tiles + N_CTAS * N_WARPS - 1) // (N_CTAS * N_WARPS) * N_WARPS

@@ -12,7 +12,7 @@ the first joins what all found.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.columns import send_all, store_found_in_shared_tile, store_found_in_tiles
+from qtts_compile.kernels.clusters.columns import send_all, send_nothing, store_found_in_shared_tile, store_found_in_tiles
 from qtts_compile.kernels.clusters.dense_tiles import attend_to_shared_tile, attend_to_tiles, load_tile
 from qtts_compile.kernels.clusters.heads import request_angles, request_head_weights, rotate_heads, store_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
@@ -90,32 +90,33 @@ def norm_qkv_long_attention_kernel(
         if any_behind(base):
             first_slot, own_tiles = deal(S // KEYS, rank)
             tile = load_tile(K_cache_ptr, V_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
-    a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
-    store_heads(base, a, b, 0, is_last)
-    wait_for_cta()
-
-    if own_tiles > 0:
-        found_in_tiles = attend_to_tiles(base, tile, K_cache_ptr, V_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES)
-        if TILES > N_WARPS:
-            prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > N_WARPS)
-        store_found_in_tiles(base, found_in_tiles, 8 * places()[1], PADDED_HEAD // 2)
-    # The new token, and nothing where there is no tile.
-    if is_last | (own_tiles == 0):
-        warp, g, _, which = places()
-        is_live = (g + 8 * which == 0) & (warp * 0 + is_last.to(gl.int32) != 0)
-        if HAS_MASK:
-            is_live = is_live & is_new_live.to(gl.int1)
-        found = attend_to_shared_tile(base, is_live, scale)
-        if own_tiles > 0:
-            store_found_in_shared_tile(base, found)
-        else:
-            send_found(base, rank, found)
-    if own_tiles > 0:
+    if is_last | (own_tiles > 0):
+        a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+        store_heads(base, a, b, 0, is_last)
         wait_for_cta()
-        send_all(base, rank, is_last, False)
+        if own_tiles > 0:
+            found_in_tiles = attend_to_tiles(base, tile, K_cache_ptr, V_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES)
+            if TILES > N_WARPS:
+                prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > N_WARPS)
+            store_found_in_tiles(base, found_in_tiles, 8 * places()[1], PADDED_HEAD // 2)
+        if is_last:  # the new token
+            warp, g, _, which = places()
+            is_live = (g + 8 * which == 0) & (warp >= 0)
+            if HAS_MASK:
+                is_live = is_live & is_new_live.to(gl.int1)
+            found = attend_to_shared_tile(base, is_live, scale)
+            if own_tiles > 0:
+                store_found_in_shared_tile(base, found)
+            else:
+                send_found(base, rank, found)
+        if own_tiles > 0:
+            wait_for_cta()
+            send_all(base, rank, is_last, False)
+        if is_last:
+            write_heads(a, b, K_cache_ptr, V_cache_ptr, row, in_cache)
+    else:
+        send_nothing(base, rank)
     if rank == 0:
         store_joined(base, Out_ptr, k_head, N_CTAS)
         gl.device_assert(in_cache, "kv_write: position is out of range")
-    if is_last:
-        write_heads(a, b, K_cache_ptr, V_cache_ptr, row, in_cache)
     memory._keep_alive()

@@ -30,7 +30,7 @@ STATS = gl.constexpr(12288)  # [2, 16 tiles] of maximum and sum
 PARTIALS = gl.constexpr(12544)  # [16 tiles, 2, 128] float32
 END_OF_PARTIALS = gl.constexpr(28928)
 ROW = gl.constexpr(256)  # of a head
-BYTES_TO_ATTEND = gl.constexpr((4 + 2 * 16 + 2) * 256)  # products, keys and values, weights of norms
+BYTES_OF_HEADS = gl.constexpr((4 + 2) * 256)  # products and weights of norms
 BYTES_OF_PARTIAL = gl.constexpr(2 * (4 * 128 + 8))
 
 # ... and of one that attends to many tiles

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.coded_tiles import attend_to_codes, load_coded_tiles, store_rotated
-from qtts_compile.kernels.clusters.columns import send_all, store_found_in_shared_tile, store_found_in_tiles
+from qtts_compile.kernels.clusters.columns import send_all, send_nothing, store_found_in_shared_tile, store_found_in_tiles
 from qtts_compile.kernels.clusters.dense_tiles import attend_to_shared_tile
 from qtts_compile.kernels.clusters.encode import write_codes
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, request_head_weights, rotate_heads, write_heads
@@ -122,32 +122,33 @@ def norm_qkv_quantized_attention_kernel(
         if any_behind(base):
             first_slot, own_tiles = deal(S // KEYS, rank)
             codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
-    a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
-    place_heads(base, a, b, K_kept_ptr, V_kept_ptr, kept_row, kept_tile)
-    if own_tiles > 0:
-        store_rotated(base, a, b)
-    wait_for_cta()
-
-    if own_tiles > 0:
-        found_in_codes = attend_to_codes(base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
-        if TILES > STEP:
-            prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > STEP)
-        store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
-    # Kept tokens, and nothing where there is neither these nor a tile of codes.
-    if (own_kept > 0) | (own_tiles == 0):
-        found = attend_to_shared_tile(base, is_kept_live, scale)
+    if (own_tiles > 0) | (own_kept > 0):
+        a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+        place_heads(base, a, b, K_kept_ptr, V_kept_ptr, kept_row, kept_tile)
         if own_tiles > 0:
-            store_found_in_shared_tile(base, found)
-        else:
-            send_found(base, rank, found)
-    if own_tiles > 0:
+            store_rotated(base, a, b)
         wait_for_cta()
-        send_all(base, rank, own_kept > 0, True)
+        if own_tiles > 0:
+            found_in_codes = attend_to_codes(base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
+            if TILES > STEP:
+                prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > STEP)
+            store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
+        if own_kept > 0:
+            found = attend_to_shared_tile(base, is_kept_live, scale)
+            if own_tiles > 0:
+                store_found_in_shared_tile(base, found)
+            else:
+                send_found(base, rank, found)
+        if own_tiles > 0:
+            wait_for_cta()
+            send_all(base, rank, own_kept > 0, True)
+        if rank == N_CTAS - 1:
+            is_sink = in_cache & (row >= start) & (row < start + SINKS)
+            write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)
+            write_codes(base, a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
+    else:
+        send_nothing(base, rank)
     if rank == 0:
         store_joined(base, Out_ptr, k_head, N_CTAS)
         gl.device_assert(in_cache, "kv_write: position is out of range")
-    if rank == N_CTAS - 1:
-        is_sink = in_cache & (row >= start) & (row < start + SINKS)
-        write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)
-        write_codes(base, a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
     memory._keep_alive()

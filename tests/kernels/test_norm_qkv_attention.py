@@ -163,6 +163,19 @@ def test_without_a_key_the_result_is_zero(device, slots):
         assert (norm_qkv_attention_triton(*arguments) == 0).all()
 
 
+@pytest.mark.parametrize("live", [[3], [90], [50], [3, 50, 90], [49, 52]], ids=str)
+@pytest.mark.parametrize("slots", [96, 512])
+def test_tiles_of_which_nothing_counts(device, slots, live):
+    """Before the new token, which is at slot 50, and behind it; its own need not count either. They are left out, and some are never read."""
+    arguments = make_arguments(0, (4, 2), slots, 50, MROPE, torch.bfloat16, device, 512)
+    arguments[MASK] = torch.zeros(1, 1, 1, slots, dtype=torch.bool, device=device)
+    arguments[MASK][..., live] = True
+    expected = check(arguments)
+    for cache in arguments[CACHES]:
+        cache[:, :, ~arguments[MASK].flatten()] = float("nan")
+    assert torch.equal(norm_qkv_attention_triton(*arguments), expected)
+
+
 def test_the_first_slots_of_a_longer_cache(device):
     arguments = make_arguments(0, (4, 2), 512, 200, MROPE, torch.bfloat16, device, 512)
     whole = arguments[CACHES]
