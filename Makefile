@@ -4,7 +4,7 @@
 # make test-ptx  the tests of attention's kernels on what Triton compiles for a GPU, run on the CPU
 # make lint      ruff and pyright
 # make bench     measure everything on this machine's GPU, draw it: bench/results/suite.json and pictures beside it
-# make readme    write README's tables from bench/results
+# make readme    write the tables of README.md and bench/README.md from bench/results
 # make clean     remove what the others made
 
 PYTHON ?= python3

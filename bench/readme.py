@@ -1,4 +1,4 @@
-"""Write README's tables from bench/results: ``python -m bench.readme``, or with ``--check`` only tell whether they agree.
+"""Write the tables of README.md and bench/README.md from bench/results: ``python -m bench.readme``, or with ``--check`` only tell whether they agree.
 
 A table stands between ``<!-- bench: TABLE FILE -->`` and ``<!-- end -->``: a name in bench/tables.py and the file of bench/results that it
 reads, without its ending. The text around is written by hand.
@@ -15,12 +15,13 @@ from pathlib import Path
 from bench.result_files import Results
 from bench.tables import TABLES
 
-README = Path(__file__).parent.parent / "README.md"
+HERE = Path(__file__).parent
+README, MEASUREMENTS = PAGES = [HERE.parent / "README.md", HERE / "README.md"]
 BLOCK = re.compile(r"^<!-- bench: (?P<table>\S+) (?P<file>\S+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
 def generated(text: str) -> str:
-    """Return README's ``text`` with every table as the results have it.
+    """Return a page's ``text`` with every table as the results have it.
 
     Raises LookupError for a marker that names no table or no file, or does not end.
     """
@@ -36,20 +37,21 @@ def generated(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; return 1 if README differed and was only checked."""
+    """Run from the command line; return 1 if a page differed and was only checked."""
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the tables differ from the results")
     arguments = parser.parse_args(argv)
-    before = README.read_text()
-    after = generated(before)
-    if before == after:
-        print("README.md agrees with bench/results")
+    differ = {page: text for page in PAGES if (text := generated(page.read_text())) != page.read_text()}
+    if not differ:
+        print("README.md and bench/README.md agree with bench/results")
         return 0
+    names = " and ".join(str(page.relative_to(HERE.parent)) if page.is_relative_to(HERE.parent) else str(page) for page in differ)
     if arguments.check:
-        print("README.md differs from bench/results: run `make readme`", file=sys.stderr)
+        print(f"{names}: other tables than bench/results has; run `make readme`", file=sys.stderr)
         return 1
-    README.write_text(after)
-    print("README.md written from bench/results")
+    for page, text in differ.items():
+        page.write_text(text)
+    print(f"{names} written from bench/results")
     return 0
 
 

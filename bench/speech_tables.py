@@ -29,6 +29,7 @@ def speech(results: Results) -> str:
     ]
     frame = results.row(job="eager", row=EARLY)["figures"]["frame"]
     audio = {job: results.figure(job, "memory", "allocated, with 1984 frames of audio") for job in ("eager", "qtts")}
+    compiled = [f"{results.figure('qtts', row, 'compile and capture'):.1f}" for row in ("compile ahead", "compile")]
     first = results.figure("qtts", "first audio after a prompt of 60 tokens", "call to first chunk")
     return f"""{results.source}
 
@@ -36,6 +37,7 @@ def speech(results: Results) -> str:
 
 The eager row is bound by the host and varied from {frame["min"]:.1f} to {frame["max"]:.1f}. With the audio of 1984 frames decoded, eager reaches
 {audio["eager"]:.2f} GiB and `TTS` {audio["qtts"]:.2f}. From the call to the first 80 ms of audio, after a prompt of 60 tokens: {first:.1f} ms.
+To compile and record our frame takes {compiled[0]} s, and {compiled[1]} s where the compile cache has it.
 """
 
 
@@ -47,15 +49,6 @@ def batches(results: Results) -> str:
         memory = results.figure(job, "memory", "allocated, frames")
         rows.append([str(batch), f"{results.figure(job, EARLY, 'frame'):.2f}", f"{results.figure(job, EARLY, 'audio'):.0f}", f"{memory:.2f}"])
     return f"{results.source}\n\n{markdown(['texts together', 'ms/frame', 'audio seconds per second', 'GiB allocated'], rows)}\n"
-
-
-def context(results: Results) -> str:
-    """Frames late in a long cache, and the bytes of keys and values that they read."""
-    rows = []
-    for row in (row for row in results.rows if row["job"] == "8192-slots" and "ms_per_frame" in row):
-        frame, kept, floor = (results.figure(row["job"], row["row"], label) for label in ("frame", "keys and values read", "floor"))
-        rows.append([row["row"].removeprefix("frames at positions "), f"{frame:.2f}", f"{kept:.0f}", f"{floor:.2f}"])
-    return f"{results.source}\n\n{markdown(['positions', 'ms/frame', 'keys and values read, MB', 'floor, ms'], rows)}\n"
 
 
 def starts(results: Results) -> str:

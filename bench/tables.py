@@ -11,7 +11,6 @@ from bench.result_files import Results
 TABLES: dict[str, Callable[[Results], str]] = {
     "speech": speech_tables.speech,
     "batches": speech_tables.batches,
-    "context": speech_tables.context,
     "starts": speech_tables.starts,
     "decoder": speech_tables.decoder,
     "frame": speech_tables.frame,

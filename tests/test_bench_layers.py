@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench import layers
-from bench.readme import README
+from bench.readme import MEASUREMENTS
 from qtts_compile.kernels.gemv_launch import launch_options
 from qtts_compile.kernels.launch_table import Launch
 
@@ -71,8 +71,8 @@ def test_a_search_keeps_what_it_cannot_tell_apart(monkeypatch):
     assert search([(30.0, 30.0), (29.98, 29.98)], monkeypatch)[0] == 0
 
 
-def test_readme_s_commands_are_understood():
-    commands = re.findall(r"^ +python -m bench\.layers ([^#\n]*)", README.read_text(), re.MULTILINE)
+def test_the_commands_of_the_measurements_are_understood():
+    commands = re.findall(r"^ +python -m bench\.layers ([^#\n]*)", MEASUREMENTS.read_text(), re.MULTILINE)
     assert len(commands) == 2 and all(layers.arguments_of(command.split()).variants for command in commands)
 
 
