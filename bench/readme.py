@@ -7,6 +7,7 @@ reads, without its ending. The text around is written by hand.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not differ:
         print("README.md and bench/README.md agree with bench/results")
         return 0
-    names = " and ".join(str(page.relative_to(HERE.parent)) if page.is_relative_to(HERE.parent) else str(page) for page in differ)
+    names = " and ".join(os.path.relpath(page) for page in differ)
     if arguments.check:
         print(f"{names}: other tables than bench/results has; run `make readme`", file=sys.stderr)
         return 1
