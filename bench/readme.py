@@ -17,7 +17,8 @@ from bench.result_files import Results
 from bench.tables import TABLES
 
 HERE = Path(__file__).parent
-README, MEASUREMENTS = PAGES = [HERE.parent / "README.md", HERE / "README.md"]
+MEASUREMENTS = HERE / "README.md"
+PAGES = [HERE.parent / "README.md", MEASUREMENTS]
 BLOCK = re.compile(r"^<!-- bench: (?P<table>\S+) (?P<file>\S+) -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
 
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.readme", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if the tables differ from the results")
     arguments = parser.parse_args(argv)
-    differ = {page: text for page in PAGES if (text := generated(page.read_text())) != page.read_text()}
+    before = {page: page.read_text() for page in PAGES}
+    differ = {page: text for page in PAGES if (text := generated(before[page])) != before[page]}
     if not differ:
         print("README.md and bench/README.md agree with bench/results")
         return 0

@@ -49,7 +49,7 @@ def test_the_measurements_name_every_mode():
 @pytest.mark.parametrize(
     ("name", "change", "shown"),
     [
-        ("batches-h200", lambda rows: rows, None),
+        ("batches-h200", None, None),
         ("starts-h200", lambda rows: next(row for row in rows if row["job"] == "cold-start")["figures"]["load"], "| 98.8 |"),
         ("decoder-h200", lambda rows: next(row for row in rows if row["row"].startswith("whole"))["figures"]["Codec.decode"], "| 98.77 ms |"),
     ],
@@ -148,7 +148,8 @@ def test_frames_name_their_own_cache_or_their_mode_s(tmp_path, monkeypatch):
 
 
 def test_layers_are_shown_by_place_and_cache(tmp_path, monkeypatch):
-    timed = {("bf16", 256, 64): [9.0, 8.0], ("bf16", 512, 64): [9.0], ("int4", 256, 64): [10.0], ("int4", 512, 64): [7.5]}
+    timed = {("bf16", 256, 64): [9.0, 8.0], ("bf16", 512, 64): [9.0], ("bf16", 512, 500): [11.0]}
+    timed |= {("int4", 256, 64): [10.0], ("int4", 512, 64): [7.5], ("int4", 512, 500): [10.0]}
     rows = [
         {"stack": "talker", "kv_cache": name, "slots": slots, "position": at, "us": us, "floor_us": 6.789} for (name, slots, at), us in timed.items()
     ]
@@ -157,7 +158,7 @@ def test_layers_are_shown_by_place_and_cache(tmp_path, monkeypatch):
     (tmp_path / "layers.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows}))
     monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     lines = tables.TABLES["layers"](result_files.Results("layers")).splitlines()
-    shown = ["| 256 | 64 | 8.00 | 10.00 (0.80x) |", "| 512 | 64 | 9.00 | 7.50 (1.20x) |"]
+    shown = ["| 256 | 64 | 8.00 | 10.00 (0.80x) |", "| 512 | 64 | 9.00 | 7.50 (1.20x) |", "| 512 | 500 | 11.00 | 10.00 (1.10x) |"]
     assert lines[4:] == [*shown, "", "A layer's weights can be read in 6.79 us."]
 
 

@@ -8,8 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.heads import roles_layout
-from qtts_compile.kernels.clusters.instructions import load_floats_2, load_floats_4, store_floats, store_shared_2_each
-from qtts_compile.kernels.clusters.join import send_columns, send_stats
+from qtts_compile.kernels.clusters.instructions import load_floats_2, load_floats_4, store_floats, store_shared_2_each, wait_for_cta
+from qtts_compile.kernels.clusters.join import send_columns, send_found, send_stats
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
     COLUMNS,
@@ -48,7 +48,7 @@ def _offset_of(column):
 
 
 @gluon.jit
-def store_found_in_shared_tile(base, found):
+def _store_found_in_shared_tile(base, found):
     """Store what the warps found in the tile in shared memory."""
     peaks, sums, even, odd = found
     warp, g, _, head = places()
@@ -59,30 +59,49 @@ def store_found_in_shared_tile(base, found):
 
 
 @gluon.jit
+def keep_or_send(base, rank, found, has_more):
+    """Store what the warps found in the tile in shared memory for :func:`send_all`, or send it if the CTA has found no more than that."""
+    if has_more:
+        _store_found_in_shared_tile(base, found)
+    else:
+        send_found(base, rank, found)
+
+
+@gluon.jit
+def _roles():
+    """Return the head of each warp, which half of its columns the warp sends, and the lanes, which have two columns each."""
+    layout: gl.constexpr = roles_layout()
+    warp = gl.arange(0, N_WARPS, layout=gl.SliceLayout(1, layout))
+    return warp % GROUP, warp // GROUP, gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+
+
+@gluon.jit
 def _place_of_columns(head, half, lane):
-    """Return where the two columns of a lane are among those of both heads, of which each warp has one's half."""
+    """Return where the two columns of a lane are among those of both heads."""
     return (head * (4 * HEAD) + half * (2 * HEAD))[:, None] + (lane * 8)[None, :]
+
+
+@gluon.jit
+def _send(base, rank, head, place, even, odd, peak, total):
+    send_columns(even, odd, base + PARTIALS + rank * (4 * GROUP * HEAD) + place, base + ARRIVED + 8)
+    send_stats(peak, total, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
 
 
 @gluon.jit
 def send_nothing(base, rank):
     """Send to the first CTA that nothing counts, so that a CTA need not attend in order to leave."""
+    head, half, lane = _roles()
     layout: gl.constexpr = roles_layout()
-    warp = gl.arange(0, N_WARPS, layout=gl.SliceLayout(1, layout))
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
-    head, zeros = warp % GROUP, gl.zeros([4, 32], gl.float32, layout=layout)
-    place = _place_of_columns(head, warp // GROUP, lane)
-    send_columns(zeros, zeros, base + PARTIALS + rank * (4 * GROUP * HEAD) + place, base + ARRIVED + 8)
-    send_stats(head * 0.0 - float("inf"), head * 0.0, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+    zeros = gl.zeros([4, 32], gl.float32, layout=layout)
+    _send(base, rank, head, _place_of_columns(head, half, lane), zeros, zeros, head * 0.0 - float("inf"), head * 0.0)
 
 
 @gluon.jit
 def send_all(base, rank, has_kept, IS_ROTATED: gl.constexpr):
-    """Send what was found in tiles, rotated back if it is of rotated values, and in shared memory if ``has_kept``, to the first CTA."""
+    """Send what the warps stored to the first CTA: of tiles, rotated back if it is of rotated values, and of the shared one if ``has_kept``."""
+    wait_for_cta()
     layout: gl.constexpr = roles_layout()
-    warp = gl.arange(0, N_WARPS, layout=gl.SliceLayout(1, layout))
-    lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
-    head, half = warp % GROUP, warp // GROUP
+    head, half, lane = _roles()
     peaks, sums = load_floats_4(base + PEAKS + head * (4 * N_WARPS)), load_floats_4(base + SUMS + head * (4 * N_WARPS))
     peak = gl.maximum(gl.maximum(peaks[0], peaks[1]), gl.maximum(peaks[2], peaks[3]))
     kept_peak, kept_total = head * 0.0 - float("inf"), head * 0.0
@@ -110,5 +129,4 @@ def send_all(base, rank, has_kept, IS_ROTATED: gl.constexpr):
     if has_kept:
         kept_even, kept_odd = load_floats_2(base + KEPT_COLUMNS + place)
         even, odd = even + kept_even * kept_factor[:, None], odd + kept_odd * kept_factor[:, None]
-    send_columns(even, odd, base + PARTIALS + rank * (4 * GROUP * HEAD) + place, base + ARRIVED + 8)
-    send_stats(peak, total, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+    _send(base, rank, head, place, even, odd, peak, total)

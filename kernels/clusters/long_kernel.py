@@ -12,7 +12,7 @@ the first joins what all found.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.columns import send_all, send_nothing, store_found_in_shared_tile, store_found_in_tiles
+from qtts_compile.kernels.clusters.columns import keep_or_send, send_all, send_nothing, store_found_in_tiles
 from qtts_compile.kernels.clusters.dense_tiles import attend_to_shared_tile, attend_to_tiles, load_tile
 from qtts_compile.kernels.clusters.heads import request_angles, request_head_weights, rotate_heads, store_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
@@ -28,7 +28,7 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_cta,
     wait_for_inputs,
 )
-from qtts_compile.kernels.clusters.join import send_found, store_joined
+from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.live import any_behind, deal, load_behind, row_of, send_flags
 from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_FLAGS, BYTES_OF_PARTIAL, END_OF_COLUMNS, KEYS, N_CTAS, N_WARPS, PADDED_HEAD, ROW
 from qtts_compile.kernels.clusters.prefetch import prefetch_share
@@ -104,13 +104,8 @@ def norm_qkv_long_attention_kernel(
             is_live = (g + 8 * which == 0) & (warp >= 0)
             if HAS_MASK:
                 is_live = is_live & is_new_live.to(gl.int1)
-            found = attend_to_shared_tile(base, is_live, scale)
-            if own_tiles > 0:
-                store_found_in_shared_tile(base, found)
-            else:
-                send_found(base, rank, found)
+            keep_or_send(base, rank, attend_to_shared_tile(base, is_live, scale), own_tiles > 0)
         if own_tiles > 0:
-            wait_for_cta()
             send_all(base, rank, is_last, False)
         if is_last:
             write_heads(a, b, K_cache_ptr, V_cache_ptr, row, in_cache)

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.coded_tiles import attend_to_codes, load_coded_tiles, store_rotated
-from qtts_compile.kernels.clusters.columns import send_all, send_nothing, store_found_in_shared_tile, store_found_in_tiles
+from qtts_compile.kernels.clusters.columns import keep_or_send, send_all, send_nothing, store_found_in_tiles
 from qtts_compile.kernels.clusters.dense_tiles import attend_to_shared_tile
 from qtts_compile.kernels.clusters.encode import write_codes
 from qtts_compile.kernels.clusters.heads import place_heads, request_angles, request_head_weights, rotate_heads, write_heads
@@ -30,7 +30,7 @@ from qtts_compile.kernels.clusters.instructions import (
     wait_for_cta,
     wait_for_inputs,
 )
-from qtts_compile.kernels.clusters.join import send_found, store_joined
+from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.live import any_behind, deal, end_of_codes, live_kept, load_behind, row_of, send_flags
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
@@ -134,13 +134,8 @@ def norm_qkv_quantized_attention_kernel(
                 prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > STEP)
             store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
         if own_kept > 0:
-            found = attend_to_shared_tile(base, is_kept_live, scale)
-            if own_tiles > 0:
-                store_found_in_shared_tile(base, found)
-            else:
-                send_found(base, rank, found)
+            keep_or_send(base, rank, attend_to_shared_tile(base, is_kept_live, scale), own_tiles > 0)
         if own_tiles > 0:
-            wait_for_cta()
             send_all(base, rank, own_kept > 0, True)
         if rank == N_CTAS - 1:
             is_sink = in_cache & (row >= start) & (row < start + SINKS)
