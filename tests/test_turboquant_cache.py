@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import build_talker, case, generate_codes
+from models import build_talker, case, generate_codes, published
 from rewriting import expected_kernels, kernels
 from test_engine import CPU, FINAL_NORM, prompt, settings, speak
 from test_engine import layer as one_layer
@@ -119,6 +119,17 @@ def test_buffers_are_what_the_format_takes(format, dtype):
     assert {name for name, _ in cache.named_buffers()} == names
     assert all(value.dtype == torch.uint8 for name, value in cache.named_buffers() if "codes" in name)
     assert cache.allocated_bytes < cache_of(config, "bf16", dtype=dtype).allocated_bytes + kept * len(STARTS) + shared
+
+
+@pytest.mark.parametrize(("format", "gib", "protected_gib"), [("bf16", 28.0, 28.0), ("int4", 7.22, 10.39), ("int3", 5.47, 8.89), ("fp8", 14.22, 16.39)])
+def test_caches_of_the_published_size_take_what_is_claimed(format, gib, protected_gib):
+    """32 texts over 8192 slots, all layers quantised and, with what is kept as it is, the default."""
+    config = published("1.7b").config(code_predictor_config=published("1.7b", "predictor").config())
+    for protect, expected in (Protect(0, 0, 0, 1), gib), (None, protected_gib):
+        start = torch.zeros(32, dtype=torch.long, device="meta")
+        cache = make_cache(config, 32, 8192, torch.bfloat16, start, format, None if format == "bf16" else protect)
+        window = 28 * 32 * 8 * 2 * 128 * 2 if protect and format != "bf16" else 0  # the token that is being read
+        assert (cache.allocated_bytes - window) / 2**30 == pytest.approx(expected, abs=0.006)
 
 
 @pytest.mark.parametrize("protect", [Protect(1, 0, 2, 5), Protect(0, 1, 0, 1), Protect(0, 0, 4, 60)], ids=str)
