@@ -121,7 +121,9 @@ def test_buffers_are_what_the_format_takes(format, dtype):
     assert cache.allocated_bytes < cache_of(config, "bf16", dtype=dtype).allocated_bytes + kept * len(STARTS) + shared
 
 
-@pytest.mark.parametrize(("format", "gib", "protected_gib"), [("bf16", 28.0, 28.0), ("int4", 7.22, 10.39), ("int3", 5.47, 8.89), ("fp8", 14.22, 16.39)])
+@pytest.mark.parametrize(
+    ("format", "gib", "protected_gib"), [("bf16", 28.0, 28.0), ("int4", 7.22, 10.39), ("int3", 5.47, 8.89), ("fp8", 14.22, 16.39)]
+)
 def test_caches_of_the_published_size_take_what_is_claimed(format, gib, protected_gib):
     """32 texts over 8192 slots, all layers quantised and, with what is kept as it is, the default."""
     config = published("1.7b").config(code_predictor_config=published("1.7b", "predictor").config())
