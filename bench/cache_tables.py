@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.registry import MODES
 from bench.result_files import Results, markdown
+from bench.timing import PROMPTED
 
 
 def caches(results: Results, least_texts: int = 1) -> str:
@@ -16,9 +17,10 @@ def caches(results: Results, least_texts: int = 1) -> str:
         figures = {label: figure["median"] for label, figure in row["figures"].items()}
         place = [str(row["batch"]), str(row["slots"]), row["row"].split()[3]]
         numbers = [f"{figures['frame']:.2f}", f"{figures['floor']:.2f}", f"{figures['keys and values read']:.0f}", f"{figures['cache']:.0f}"]
-        memory = f"{results.figure(row['job'], 'memory', 'allocated, frames'):.2f}"
+        # Runs up to 2026-11-28 measured it once, at the first position.
+        allocated = figures.get(f"allocated, {PROMPTED}") or results.figure(row["job"], "memory", "allocated, frames")
         kv_cache = row.get("kv_cache") or MODES[row["mode"]].arguments.get("kv_cache", "bf16")
-        rows.append([row["size"].upper(), f"`{kv_cache}`", *place, *numbers, memory])
+        rows.append([row["size"].upper(), f"`{kv_cache}`", *place, *numbers, f"{allocated:.2f}"])
     titles = ["model", "cache", "texts", "slots", "position", "ms/frame", "floor, ms", "keys and values read, MB", "cache, MiB", "GiB allocated"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
@@ -60,19 +62,33 @@ def quality(results: Results) -> str:
         raise LookupError(f"bench/results/{results.name}.json has no rows of the part {missing[0]}")
     model = [
         [f"`{row['format']}`", row["protected"], f"{row['of_dense']:.0%}", f"{row['cosine']:.4f} ({row['worst_cosine']:.4f})", f"{row['kl']:.5f}"]
-        + [f"{row['kl_p99']:.5f}", f"{row['top1']:.1%}", f"{row['eos_drift']:+.4f}", row["verdict"]]
+        + [f"{row['kl_p99']:.5f}", f"{row['top1']:.2%}", f"{row['eos_drift']:+.4f}", row["verdict"]]
         for row in parts["model"]
     ]
     keys = [
-        [f"`{row['format']}`", row["keys"], f"{row['cosine']:.4f}", f"{row['kl']:.4f}"]
-        + [f"{row['top1']:.1%} ({row['top1_clear']:.1%})", row["verdict"]]
+        [f"`{row['format']}`", row["protected"], row["keys"], f"{row['cosine']:.4f}", f"{row['kl']:.4f}"]
+        + [f"{row['top1']:.2%} ({row['top1_clear']:.2%})", row["verdict"]]
         for row in parts["synthetic"]
-        if row["protected"] == "default"
+        if row["protected"] in ("default", "nothing")
     ]
     of_model = ["cache", "protected", "bytes of bf16's", "attention cosine (worst layer)", "mean KL", "p99 KL", "top-1", "end of speech", "limits"]
-    of_keys = ["cache", "keys", "attention cosine", "mean KL", "top-1 (without near ties)", "limits"]
+    of_keys = ["cache", "protected", "keys", "attention cosine", "mean KL", "top-1 (without near ties)", "limits"]
     free = [_free_running(parts["free"])] if parts["free"] else []
     return "\n\n".join([results.source, markdown(of_model, model), markdown(of_keys, keys), *free]) + "\n"
+
+
+def protection(results: Results) -> str:
+    """What each protection alone does to a model that hears an unquantised trajectory, by its size."""
+    rows = [
+        [f"`{row['format']}`", row["protected"], f"{row['bytes_more'] / row['bytes']:.1%}", f"{row['cosine']:.4f} ({row['worst_cosine']:.4f})"]
+        + [f"{row['kl']:.5f}", f"{row['kl_p99']:.5f}", f"{row['top1']:.2%}", f"{row['eos_drift']:+.4f}"]
+        for row in results.rows
+        if row["part"] == "protect"
+    ]
+    if not rows:
+        raise LookupError(f"bench/results/{results.name}.json has no rows of the part protect")
+    titles = ["cache", "protected", "of its bytes", "attention cosine (worst layer)", "mean KL", "p99 KL", "top-1", "end of speech"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
 
 def free_running(results: Results) -> str:

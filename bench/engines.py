@@ -16,7 +16,7 @@ from bench.hearing import time_first_audio
 from bench.reads import cache_figures, read_figures
 from bench.run import Run
 from bench.task import CHECKED_FRAMES, PROMPT, Task, agreement, check, enter_speed, generate, staggered
-from bench.timing import COMPILE, SKIPS, figure, forget_memory_peak, memory, milliseconds, repeated, synchronize
+from bench.timing import COMPILE, PROMPTED, SKIPS, figure, forget_memory_peak, memory, milliseconds, repeated, synchronize
 from qtts_compile.engine import Engine
 from qtts_compile.launcher import Launcher
 from qtts_compile.tts import TTS
@@ -103,6 +103,7 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
             alone = generate(talker, Task.of(talker, lengths[:1], CHECKED_FRAMES, greedy=True))
             row["check"] += f"; {agreement(codes[0], alone[0])}"
         task = Task.of(talker, lengths, run.frames)
+        forget_memory_peak()  # that of the eager model
         list(begin(engine, task))
         times, unrecorded = [], engine.launcher.runs
         for _ in range(run.repeats):
@@ -112,7 +113,7 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
                 raise RuntimeError(f"{speech.frames} frames were made instead of {run.frames}")
         enter_speed(row, times, batch)
         enter_launches(row, engine.launcher, unrecorded)
-        row["figures"] |= read_figures(talker, position, run.frames, batch, speech.cache) | cache_figures(speech.cache)
+        row["figures"] |= read_figures(talker, position, run.frames, batch, speech.cache) | cache_figures(speech.cache) | memory(PROMPTED)
         row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
 
 

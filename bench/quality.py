@@ -1,11 +1,12 @@
 """Measure what a quantised KV cache costs in quality, without a corpus of speech.
 
-Run: ``python -m bench.quality [--formats int4 k4v3 int3 fp8] [--parts synthetic model free] [--size 1.7b] [--frames 200] [--seeds 200]
-[--json FILE]``. Each format is measured with the default protection, with nothing protected but the token that is being read, and with each
-protection alone:
+Run: ``python -m bench.quality [--formats int4 k4v3 int3 fp8] [--parts synthetic model protect free] [--size 1.7b] [--frames 200] [--seeds 200]
+[--json FILE]``. Each format is measured with the default protection, with nothing protected but the token that is being read, and, but in free
+speech, with each protection alone:
 
 - synthetic: attention over random keys, some with a common mean or outlier channels;
 - model: random weights at the published shape hear a trajectory of the unquantised model;
+- protect: so do they, with each protection alone in several sizes, from which the defaults are chosen;
 - free: every cache goes its own way, with ``--seeds`` seeds, and speech ends by chance; its duration beside the unquantised cache's is told with the
   ratio's standard error (see ``bench/free_running.py``).
 
@@ -33,12 +34,13 @@ from qtts_compile.options import KV_CACHES, MODES
 from qtts_compile.tts import TTS
 from qtts_compile.turboquant_cache import Protect, TurboQuantKVCache
 
-PARTS = ("synthetic", "model", "free")
+PARTS = ("synthetic", "model", "protect", "free")
 LIMITS = {"kl": 0.02, "top1": 0.95}  # the most KL divergence and the least share of equal first choices that pass
 SLOTS = 2048  # of the cache whose bytes are told
 BATCH, LONG_PROMPT = 4, 512  # so that most of what a step attends to is read from codes
 SEEDS, TINY_SEEDS = 200, 4
 BARE = Protect(first_layers=0, last_layers=0, sinks=0, window=1)
+SIZES = {"first_layers": (1, 2, 3, 4), "last_layers": (1, 2, 3, 4), "sinks": (1, 4, 16), "window": (8, 16, 64, 256)}
 
 
 def protections(default: Protect) -> dict[str, Protect]:
@@ -50,6 +52,11 @@ def protections(default: Protect) -> dict[str, Protect]:
         "sinks": BARE._replace(sinks=default.sinks),
         "window": BARE._replace(window=default.window),
     }
+
+
+def variations() -> dict[str, Protect]:
+    """Return each protection alone in several sizes, by name, after none at all."""
+    return {"nothing": BARE} | {f"{name}={size}": BARE._replace(**{name: size}) for name, sizes in SIZES.items() for size in sizes}
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -66,7 +73,10 @@ def rows_of(part: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
         return
     device, dtype = ("cpu", torch.float32) if arguments.tiny else ("cuda", torch.bfloat16)
     model = models.build("tiny" if arguments.tiny else arguments.size, device, dtype)
-    yield from model_rows(model.model.talker, arguments, default) if part == "model" else free_rows(model, arguments, default)
+    if part == "free":
+        yield from free_rows(model, arguments, default)
+    else:
+        yield from model_rows(model.model.talker, arguments, part, protections(default) if part == "model" else variations())
 
 
 def synthetic_rows(arguments: argparse.Namespace, default: Protect) -> Iterator[dict[str, Any]]:
@@ -81,17 +91,17 @@ def synthetic_rows(arguments: argparse.Namespace, default: Protect) -> Iterator[
                     yield row | {"verdict": verdict(row)}
 
 
-def model_rows(talker: Any, arguments: argparse.Namespace, default: Protect) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a talker that hears what the unquantised one has said."""
+def model_rows(talker: Any, arguments: argparse.Namespace, part: str, protections: dict[str, Protect]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a talker that hears what the unquantised one has said, with each protection."""
     trajectory = teacher.Trajectory.of(talker, BATCH, PROMPT if arguments.tiny else LONG_PROMPT, arguments.frames)
     dense = _packed(talker, "int4", Protect(first_layers=talker.config.num_hidden_layers))
     exact = teacher.observe(trajectory, dense)
     for name in arguments.formats:
         bare = _packed(talker, name, BARE).allocated_bytes
-        for protected, protect in protections(default).items():
+        for protected, protect in protections.items():
             like = _packed(talker, name, protect)
             seen = teacher.observe(trajectory, like)
-            row = dict(part="model", format=name, protected=protected, quantized_layers=len(like.quantized_layers))
+            row = dict(part=part, format=name, protected=protected, quantized_layers=len(like.quantized_layers))
             row |= dict(bytes=like.allocated_bytes, bytes_more=like.allocated_bytes - bare, of_dense=like.allocated_bytes / dense.allocated_bytes)
             if protected == "default":
                 row["apart"] = teacher.check(trajectory, like, seen)
@@ -104,8 +114,7 @@ def free_rows(model: Any, arguments: argparse.Namespace, default: Protect) -> It
     cap, mode = arguments.frames, None if arguments.tiny else arguments.mode
     slots, seeds = -(-(PROMPT + cap + 1) // 256) * 256, range(arguments.seeds)
 
-    def engine(kv_cache: str) -> Engine:
-        protect = None if kv_cache == "bf16" else default
+    def engine(kv_cache: str, protect: Protect | None = None) -> Engine:
         return TTS(model, mode=mode, max_seq_len=slots, kv_cache=kv_cache, protect=protect).engine
 
     unquantized = engine("bf16")
@@ -114,8 +123,9 @@ def free_rows(model: Any, arguments: argparse.Namespace, default: Protect) -> It
     yield dict(part="free", format="bf16", protected="", **free_running.compare(exact, exact, cap))
     yield dict(part="free", format="bf16", protected="other seeds", **free_running.compare(exact, others, cap))
     for name in arguments.formats:
-        seen = free_running.speak(engine(name), seeds, cap)
-        yield dict(part="free", format=name, protected="default", **free_running.compare(exact, seen, cap))
+        for protected in ("default", "nothing"):
+            seen = free_running.speak(engine(name, protections(default)[protected]), seeds, cap)
+            yield dict(part="free", format=name, protected=protected, **free_running.compare(exact, seen, cap))
 
 
 def _packed(talker: Any, name: str, protect: Protect) -> TurboQuantKVCache:
@@ -128,7 +138,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return for each format, as it comes, where it keeps the limits and where not."""
     told: dict[str, list[str]] = {}
     for row in rows:
-        if row["part"] != "free" and row["protected"] == "default":
+        if row["part"] in ("model", "synthetic") and row["protected"] == "default":
             what = "the model" if row["part"] == "model" else f"{row['keys']} keys"
             told.setdefault(row["format"], []).append(f"{what} {row['verdict']}")
     return [f"{name}, limits KL {LIMITS['kl']} and top-1 {LIMITS['top1']:.0%}: {'; '.join(each)}" for name, each in told.items()]

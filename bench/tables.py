@@ -24,5 +24,6 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "quantized-attention": cache_tables.quantized_attention,
     "layers": cache_tables.layers,
     "quality": cache_tables.quality,
+    "protection": cache_tables.protection,
     "free-running": cache_tables.free_running,
 }

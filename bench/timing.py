@@ -11,6 +11,7 @@ import torch
 
 GIB = 1024**3
 COMPILE, SKIPS = "compile and capture", "launches without a CUDA graph"  # figures
+PROMPTED = "with its prompt"  # a peak of memory
 
 
 def figure(values: Iterable[float] | float, unit: str) -> dict[str, Any]:

@@ -43,7 +43,11 @@ class StaticKVCache(nn.Module):
 
     def __init__(self, config: Any, batch: int, slots: int, dtype: torch.dtype, device: torch.device, dense: Sequence[int] | None = None) -> None:
         super().__init__()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim is None:
+            head_dim = config.hidden_size // config.num_attention_heads
+        if type(head_dim) is not int or head_dim < 1:
+            raise ValueError(f"head_dim={head_dim!r} of the config: a head has a whole number of coordinates, from 1 on")
         self.shape = batch, config.num_key_value_heads, slots, head_dim
         self.layers, self.dtype = config.num_hidden_layers, dtype
         for layer in range(self.layers) if dense is None else dense:

@@ -31,7 +31,7 @@ class Stats:
         kv_cache: format of the talker's cache; "bf16" stands for the model's dtype.
         cache_bytes: of the talker's caches, one for each size of batch that this instance has spoken.
         cache_bytes_per_token: what one more slot of ``max_seq_len`` would take for one text, in all layers.
-        quantized_layers: layers of the talker that hold codes.
+        quantized_layers: the layers of the talker that hold codes, counted from 0.
         quantized_tokens: tokens of each text, prompt and frames, that attention read from codes in these layers in the text's last frame. The
             newest and the first ones, which ``protect`` keeps beside their codes, are not counted.
     """
@@ -48,7 +48,7 @@ class Stats:
     kv_cache: str
     cache_bytes: int
     cache_bytes_per_token: int
-    quantized_layers: int
+    quantized_layers: list[int]
     quantized_tokens: list[int]
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Stats:
             if self.kv_cache == "bf16"
             else (
                 f"; {self.kv_cache} cache of {self.cache_bytes / 2**20:.1f} MiB, {self.cache_bytes_per_token / 1024:.1f} KiB a token, "
-                f"{self.quantized_layers} layers and {sum(self.quantized_tokens)} tokens quantised"
+                f"{sum(self.quantized_tokens)} tokens quantised in {_span(self.quantized_layers)}"
             )
         )
         return (
@@ -70,6 +70,13 @@ class Stats:
             f"{self.real_time_factor:.1f} x real time, first audio after {1000 * self.time_to_first_audio:.1f} ms{vram}; ended by {reasons}; "
             f"{seeds}{cache}"
         )
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Name layers that follow each other."""
+    if len(layers) < 2:
+        return f"layer {layers[0]}" if layers else "no layer"
+    return f"layers {layers[0]} to {layers[-1]}"
 
 
 class Clock:
@@ -113,6 +120,6 @@ class Clock:
             kv_cache=engine.kv_cache,
             cache_bytes=engine.cache_bytes,
             cache_bytes_per_token=cache.bytes_per_token,
-            quantized_layers=len(cache.quantized_layers),
+            quantized_layers=list(cache.quantized_layers),
             quantized_tokens=[tokens for speech in speeches for tokens in speech.quantized_tokens],
         )

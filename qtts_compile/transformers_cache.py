@@ -38,7 +38,7 @@ class TurboQuantCache(Cache):
 
     Raises:
         ValueError: as :class:`TurboQuantKVCache`, and for a batch, slots or start out of range.
-        TypeError: as :class:`TurboQuantKVCache`, and for another dtype.
+        TypeError: as :class:`TurboQuantKVCache`, for another dtype, a batch or slots that are no whole numbers, and a ``protect`` that is none.
     """
 
     def __init__(  # Cache's own constructor would make layers of its own
@@ -54,6 +54,8 @@ class TurboQuantCache(Cache):
         start: Tensor | Sequence[int] | None = None,
     ) -> None:
         for name, value in {"batch": batch, "slots": slots}.items():
+            if type(value) is not int:
+                raise TypeError(f"{name}={value!r}: give a whole number")
             if value < 1:
                 raise ValueError(f"{name}={value}: give 1 or more")
         dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
@@ -61,7 +63,7 @@ class TurboQuantCache(Cache):
             raise TypeError(f"dtype={dtype}: give the model's, which has to be bfloat16, float16 or float32")
         device = torch.get_default_device() if device is None else torch.device(device)
         zeros = torch.zeros(batch, dtype=torch.long, device=device)
-        self.packed = TurboQuantKVCache(config, batch, slots, dtype, zeros.device, kv_cache, protect or Protect(), zeros)
+        self.packed = TurboQuantKVCache(config, batch, slots, dtype, zeros.device, kv_cache, Protect.of(protect), zeros)
         warn_of(self.packed, stacklevel=2)
         self.reset()
         if start is not None:

@@ -30,6 +30,13 @@ class Protect(NamedTuple):
     sinks: int = 4
     window: int = 64
 
+    @classmethod
+    def of(cls, protect: object) -> Protect:
+        """Return what was given, and the defaults for None. Raises ``TypeError`` for anything else."""
+        if protect is not None and not isinstance(protect, cls):
+            raise TypeError(f"protect={protect!r}: give a qtts_compile.Protect(...), or None for its defaults")
+        return cls() if protect is None else protect
+
     def check(self, slots: int) -> None:
         """Raise ``TypeError`` for what is no whole number, and ``ValueError`` for one that cannot be protected in a cache of ``slots``."""
         for name, value in self._asdict().items():
@@ -142,10 +149,9 @@ def make_cache(
     """
     if kv_cache not in KV_CACHES:
         raise ValueError(f"kv_cache={kv_cache!r}: give one of {', '.join(KV_CACHES)}")
-    if protect is not None and not isinstance(protect, Protect):
-        raise TypeError(f"protect={protect!r}: give a qtts_compile.Protect(...)")
+    wanted = Protect.of(protect)
     if kv_cache != "bf16":
-        return TurboQuantKVCache(config, batch, slots, dtype, start.device, kv_cache, protect or Protect(), start)
+        return TurboQuantKVCache(config, batch, slots, dtype, start.device, kv_cache, wanted, start)
     if protect is not None:
         raise ValueError(f"protect={protect} is for a quantised cache and kv_cache='bf16' quantises nothing: leave it out")
     return StaticKVCache(config, batch, slots, dtype, start.device)
@@ -156,7 +162,8 @@ def warn_of(cache: StaticKVCache, stacklevel: int) -> None:
     if not isinstance(cache, TurboQuantKVCache):
         return
     if cache.quantized_layers:
-        message = "is experimental: attention over random keys with outlier channels fails this project's limits (see README); the default is 'bf16'"
+        over = "on the 1.7B model with random weights and over random keys" if cache.format.has_three_bits else "over random keys"
+        message = f"is experimental: it fails this project's limits {over} (see README); the default is 'bf16'"
     else:
         message = f"quantises nothing: {cache.protect} keeps all {cache.layers} layers of this model as they are; lower first_layers and last_layers"
     warnings.warn(f"kv_cache={cache.format.name!r} {message}", stacklevel=stacklevel + 1)

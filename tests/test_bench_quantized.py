@@ -214,17 +214,29 @@ def test_quality_is_measured_on_the_embedded_model_and_shown(machine, capsys):
     rows = json.loads(file.read_text())["rows"]
     assert [row["protected"] for row in rows if row["part"] == "model"] == ["default", "nothing", "layers", "sinks", "window"]
     assert {row["keys"] for row in rows if row["part"] == "synthetic"} == set(synthetic.KEYS)
-    assert [row["format"] for row in rows if row["part"] == "free"] == ["bf16", "bf16", "int4"] and rows[-1]["lengths"]
+    assert [row["format"] for row in rows if row["part"] == "free"] == ["bf16", "bf16", "int4", "int4"] and rows[-1]["lengths"]
+    assert [row["protected"] for row in rows if row["part"] == "free"] == ["", "other seeds", "default", "nothing"]
     of = {row["protected"]: row for row in rows if row["part"] == "model"}
     assert of["nothing"]["bytes_more"] == 0 < of["sinks"]["bytes_more"] < of["window"]["bytes_more"] < of["layers"]["bytes_more"]
     assert of["default"]["kl"] < of["nothing"]["kl"] and of["default"]["apart"] < 1e-6
     assert "int4, limits KL 0.02 and top-1 95%: gaussian keys " in capsys.readouterr().out
     shown = tables.TABLES["quality"](result_files.Results("quality"))
     assert f"| `int4` | default | {of['default']['of_dense']:.0%} | {of['default']['cosine']:.4f} " in shown
+    protect = {row["protected"]: row for row in rows if row["part"] == "protect"}
+    assert list(protect) == list(quality.variations()) and protect["nothing"]["kl"] == of["nothing"]["kl"]
+    for name, sizes in quality.SIZES.items():
+        bytes_more = [protect[f"{name}={size}"]["bytes_more"] for size in sizes]
+        assert bytes_more == sorted(set(bytes_more)) and bytes_more[0] > 0
+    assert protect["first_layers=4"]["kl"] < 1e-12  # of four
+    shown_protection = tables.TABLES["protection"](result_files.Results("quality"))
+    assert f"| `int4` | window=8 | {protect['window=8']['bytes_more'] / protect['window=8']['bytes']:.1%} |" in shown_protection
     file.write_text(file.read_text().replace('"part": "free"', '"part": "other"'))
     assert "never ended" in shown and "never ended" not in tables.TABLES["quality"](result_files.Results("quality"))
     with pytest.raises(LookupError, match="quality.json has no rows of the part free"):
         tables.TABLES["free-running"](result_files.Results("quality"))
+    file.write_text(file.read_text().replace('"part": "protect"', '"part": "other"'))
+    with pytest.raises(LookupError, match="quality.json has no rows of the part protect"):
+        tables.TABLES["protection"](result_files.Results("quality"))
     file.write_text(file.read_text().replace('"part": "model"', '"part": "other"'))
     with pytest.raises(LookupError, match="quality.json has no rows of the part model"):
         tables.TABLES["quality"](result_files.Results("quality"))

@@ -39,6 +39,7 @@ def test_every_result_is_shown():
     text = "".join(page.read_text() for page in readme.PAGES)
     shown = {file for _, file in readme.BLOCK.findall(text)}
     assert {path.stem for path in result_files.RESULTS.glob("*.json")} == shown
+    assert all(f"results/{path.name})" in text for path in result_files.RESULTS.glob("*.png"))
 
 
 def test_the_measurements_name_every_mode():

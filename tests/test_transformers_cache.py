@@ -1,5 +1,6 @@
 """TurboQuantCache in models' own forward() and generate(), eagerly and compiled, and what it refuses."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -65,7 +66,11 @@ def test_a_cache_that_is_reset_is_a_fresh_one(talker):
     assert [buffer.data_ptr() for buffer in cache.packed.buffers()] == buffers
 
 
-@pytest.mark.parametrize(("size", "lengths", "backend"), [("1.7b", [9], "qtts"), ("0.6b", [5, 9, 7], "qtts"), ("0.6b", [5, 9, 7], "eager")], ids=str)
+@pytest.mark.parametrize(
+    ("size", "lengths", "backend"),
+    [("1.7b", [9], "qtts"), ("0.6b", [5, 9, 7], "qtts"), ("0.6b", [5, 9, 7], "eager"), ("0.6b", [5, 9, 7], "inductor")],
+    ids=str,
+)
 def test_compiled_codes_are_the_eager_ones(size, lengths, backend):
     talker = build_talker(size)
     expected = generate_codes(talker, 32, lengths, past_key_values=cache_for(talker, lengths))
@@ -80,7 +85,7 @@ def test_compiled_codes_are_the_eager_ones(size, lengths, backend):
     assert torch.equal(codes, expected)
     assert report.graph_breaks == [] and report.refusals == []
     # One graph for the prompt and one for all steps; under qtts those of the code predictor as well.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if backend == "eager" else 5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (5 if backend == "qtts" else 2)
 
 
 def compiled_for(kv_cache) -> Any:
@@ -230,8 +235,13 @@ def test_start_is_set_before_the_prompt(talker):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"format": "int8"}, ValueError, "one of int4, .*got 'int8'"),
+        ({"format": "int8"}, ValueError, "one of int4, .*got 'int8'$"),
+        ({"format": "bf16"}, ValueError, "one of int4, .*got 'bf16'; to hold keys and values as they are, leave this cache out"),
+        ({"format": ["int4"]}, ValueError, r"one of int4, .*got \['int4'\]"),
         ({"dtype": torch.float64}, TypeError, "dtype=torch.float64"),
+        ({"protect": {"window": 8}}, TypeError, r"protect=\{'window': 8\}: give a qtts_compile.Protect\("),
+        ({"protect": False}, TypeError, "protect=False: give a qtts_compile.Protect"),
+        ({"protect": (2, 2, 4, 64)}, TypeError, r"protect=\(2, 2, 4, 64\): give a"),
         ({"protect": Protect(window=0)}, ValueError, "window=0"),
         ({"protect": Protect(window=60)}, ValueError, "keep every token of 64 slots"),
     ],
@@ -241,6 +251,17 @@ def test_wrong_arguments_are_refused(talker, arguments, error, message):
         cache_for(talker, [9], **arguments)
     with pytest.raises(ValueError, match="batch=0: give 1 or more"):
         TurboQuantCache(talker.config, 0, SLOTS)
+    for batch, slots, named in ((None, SLOTS, "batch=None"), ("2", SLOTS, "batch='2'"), (1, 64.0, "slots=64.0"), (1, True, "slots=True")):
+        with pytest.raises(TypeError, match=f"{named}: give a whole number"):
+            TurboQuantCache(talker.config, batch, slots)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("head_dim", [0, -64, 64.0])
+def test_a_head_without_a_whole_number_of_coordinates_is_refused(talker, head_dim):
+    config = copy.copy(talker.config)
+    config.head_dim = head_dim
+    with pytest.raises(ValueError, match=f"head_dim={head_dim} of the config"):
+        TurboQuantCache(config, 1, 128)
 
 
 def test_a_cache_that_quantises_nothing_is_warned_of(talker):

@@ -223,11 +223,11 @@ def test_speech_from_a_quantised_cache(tts, kv_cache):
         assert stats_of(quantized).quantized_tokens == [stats.quantized_tokens[row]]
     config, bits = tts.model.model.talker.config, {"int4": 8, "k4v3": 7, "int3": 6, "fp8": 16}[kv_cache]
     heads, width = config.num_key_value_heads, config.head_dim
-    assert (stats.kv_cache, stats.quantized_layers) == (kv_cache, 1)
+    assert (stats.kv_cache, stats.quantized_layers) == (kv_cache, [0])
     assert stats.cache_bytes_per_token == heads * (bits * width // 8 + 4 + 8 * width)  # a layer of codes and one of float32
     assert stats.cache_bytes == 4 * (256 * stats.cache_bytes_per_token + heads * 10 * 8 * width + 8)  # rows, kept tokens, start
     assert len(set(stats.quantized_tokens)) > 1 and all(tokens > 16 - 2 - 8 for tokens in stats.quantized_tokens)
-    assert f"; {kv_cache} cache of " in line and f" 1 layers and {sum(stats.quantized_tokens)} tokens quantised" in line
+    assert f"; {kv_cache} cache of " in line and f" {sum(stats.quantized_tokens)} tokens quantised in layer 0" in line
 
 
 @pytest.mark.filterwarnings("ignore:the speech")
@@ -236,7 +236,7 @@ def test_stats_of_the_cache_that_is_not_quantised(tts):
     tts.generate_custom_voice("Hey.", "vivian", max_new_tokens=3)
     stats, config = stats_of(tts), tts.model.model.talker.config
     assert stats.cache_bytes_per_token == 2 * config.num_key_value_heads * 2 * config.head_dim * 4
-    assert (stats.kv_cache, stats.quantized_layers, stats.quantized_tokens) == ("bf16", 0, [0])
+    assert (stats.kv_cache, stats.quantized_layers, stats.quantized_tokens) == ("bf16", [], [0])
     assert stats.cache_bytes == 64 * stats.cache_bytes_per_token and "cache" not in str(stats)
 
 

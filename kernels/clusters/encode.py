@@ -15,7 +15,7 @@ from qtts_compile.kernels.turboquant import encode
 
 _finite_magnitude, _scale_of = gluon.jit(encode.finite_magnitude.fn), gluon.jit(encode.scale_of.fn)
 _nearest, _is_storable = gluon.jit(encode.nearest.fn), gluon.jit(encode.is_storable.fn)
-MIN_PEAK = encode.MIN_PEAK
+MIN_PEAK, REFUSED = encode.MIN_PEAK, encode.REFUSED
 
 
 @gluon.jit
@@ -51,4 +51,4 @@ def write_codes(base, a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is
     store_global_byte(code_ptrs, codes[0] | (codes[1] << 4), is_written.to(gl.int32)[:, None])
     store_global_byte(code_ptrs + CODE_ROW // 2, codes[2] | (codes[3] << 4), is_written.to(gl.int32)[:, None])
     store_global_float16(Scale_ptr, scale, is_written.to(gl.int32))
-    gl.device_assert((role < 2) | _is_storable(scale), "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
+    gl.device_assert((role < 2) | _is_storable(scale), REFUSED)

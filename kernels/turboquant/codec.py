@@ -1,5 +1,6 @@
 """The codec of a quantised KV cache in plain PyTorch: TurboQuant (arXiv 2504.19874) for 3 and 4 bits, scaled e4m3 for 8."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -113,6 +114,12 @@ def _planes(bits: int) -> tuple[_Plane, ...]:
     return _PLANES[bits]
 
 
+_WAYS = {
+    True: "keep this cache in bf16",
+    False: "look for where the model leaves the range of its dtype (weights, inputs, activations), as a cache in bf16 would hold the same",
+}
+
+
 def _storable(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     refused = ~(scale <= FLOAT16_MAX).squeeze(-1)
     if refused.any():
@@ -120,6 +127,6 @@ def _storable(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         largest = x[place].abs().amax().item()
         raise ValueError(
             f"a quantised KV cache holds finite vectors with a scale of at most {FLOAT16_MAX:g}; that at {place} has the largest magnitude"
-            f" {largest:g} and a norm of {x[place].double().norm().item():g}: keep this cache in bf16"
+            f" {largest:g} and a norm of {x[place].double().norm().item():g}: {_WAYS[math.isfinite(largest)]}"
         )
     return scale.half()

@@ -14,6 +14,9 @@ from qtts_compile.kernels.turboquant.rotation import rotate_row
 MAX_CODE = tl.constexpr(E4M3_MAX)
 MAX_SCALE = tl.constexpr(FLOAT16_MAX)
 MIN_PEAK = tl.constexpr(TINY)
+REFUSED = tl.constexpr(
+    "quantized_kv_write: a key or value is not finite, or too large for a float16 scale; a cache in bf16 shows whether the model made it"
+)
 LEVELS_3, LEVELS_4 = tl.constexpr(codebook(3).levels), tl.constexpr(codebook(4).levels)
 BOUNDARIES_3, BOUNDARIES_4 = tl.constexpr(codebook(3).boundaries), tl.constexpr(codebook(4).boundaries)
 

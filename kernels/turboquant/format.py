@@ -29,9 +29,15 @@ class Format:
     @classmethod
     def parse(cls, name: str) -> Format:
         """Return the format "int4", "int3", "k4v3" or "fp8". Raises ``ValueError`` for another name."""
-        if name not in _FORMATS:
-            raise ValueError(f"a quantised KV cache is one of {', '.join(_FORMATS)}, got {name!r}; bf16, fp16 and fp32 need no format")
+        if name not in list(_FORMATS):  # which what has no hash may be compared with
+            way = "; to hold keys and values as they are, leave this cache out" if name in ("bf16", "fp16", "fp32") else ""
+            raise ValueError(f"a quantised KV cache is one of {', '.join(_FORMATS)}, got {name!r}{way}")
         return _FORMATS[name]
+
+    @property
+    def has_three_bits(self) -> bool:
+        """Whether keys or values have codes of 3 bits."""
+        return 3 in (self.k_bits, self.v_bits)
 
     def key_bytes(self, head_dim: int) -> int:
         """Return the bytes of the codes of a key. Raises ``ValueError`` as :func:`check_head_dim`."""

@@ -12,7 +12,7 @@ from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.rows import with_unit_stride
 from qtts_compile.kernels.turboquant.codec import quantize
-from qtts_compile.kernels.turboquant.encode import encode_row, is_storable, store_codes
+from qtts_compile.kernels.turboquant.encode import REFUSED, encode_row, is_storable, store_codes
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.kept import check_buffers, find_kept, kept_rows
 
@@ -85,7 +85,7 @@ def write_vector(
     codes, scale = encode_row(x.to(tl.float32), is_key, BITS)
     store_codes(Codes_ptr, codes, writable, BITS)
     tl.store(Scale_ptr, scale.to(tl.float16), mask=writable)
-    tl.device_assert(is_storable(scale), "quantized_kv_write: a key or value is not finite, or too large for a float16 scale")
+    tl.device_assert(is_storable(scale), REFUSED)
 
 
 @triton.jit

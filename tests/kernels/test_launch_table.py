@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 
+from bench.linears import CASES
 from qtts_compile.kernels import launch_table
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, keep, lookup, remember
 
@@ -109,10 +110,4 @@ def test_shipped_tables_are_of_the_published_shapes():
             op, bits, _, outputs, _, width, rows = name.replace(",", "").split()
             assert str(Shape(op, int(bits) // 8, int(outputs), int(width), int(rows))) == name
             assert all(value & (value - 1) == 0 for value in launch[:4]) and Launch(*launch).block_m >= int(rows)
-        for op, outputs, width in (
-            ("norm_linears", 4096, 2048),
-            ("norm_swiglu", 6144, 2048),
-            ("linear_add", 2048, 6144),
-            ("norm_linears", 4096, 1024),
-        ):
-            assert str(Shape(op, 2, outputs, width, 1)) in table
+        assert set(table) == {str(Shape(case.op, 2, case.outputs, case.width, rows)) for case in CASES for rows in (1, 2, 4, 8, 16)}

@@ -1,6 +1,9 @@
 # pyright: reportCallIssue=false
 # It does not know how many tensors the unpacked buffers are.
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,9 +127,30 @@ def test_what_no_scale_fits_is_refused_before_a_write(name, value, format):
     arguments.update(poisoned(format, 1, 1, 4, 32, 2, torch.float32, "cpu")._asdict())
     before = arguments["k_codes"].clone()
     arguments[name][0, 0, 0, 5] = value
-    with pytest.raises(ValueError, match=r"at \(0, 0, 0\) has the largest magnitude"):
+    way = "keep this cache in bf16" if value == 1e30 else "look for where the model leaves the range of its dtype"
+    with pytest.raises(ValueError, match=rf"at \(0, 0, 0\) has the largest magnitude.*: {way}"):
         quantized_kv_write(**arguments)
     assert torch.equal(arguments["k_codes"], before) and arguments["kept"].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", ["float('nan')", "float('inf')", "1e30"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_no_scale_fits_trips_the_device_side_assert(value, format):
+    script = f"""
+import torch
+from qtts_compile.kernels.turboquant.format import Format
+from qtts_compile.kernels.turboquant.write import quantized_kv_write
+torch.set_default_device("cuda")
+bytes = [Format.parse({format!r}).key_bytes(32), Format.parse({format!r}).value_bytes(32)]
+codes = [torch.zeros(1, 1, 4, each, dtype=torch.uint8) for each in bytes]
+zero, k = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1, 1, 32)
+k[..., 5] = {value}
+quantized_kv_write(k, k, *codes, torch.zeros(2, 1, 1, 4, dtype=torch.float16), torch.zeros(2, 1, 1, 2, 32), zero, zero, zero, 1, {format!r})
+torch.cuda.synchronize()
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], capture_output=True, text=True)
+    assert result.returncode != 0 and "a key or value is not finite" in result.stdout + result.stderr
 
 
 def valid_arguments() -> dict[str, Any]:
