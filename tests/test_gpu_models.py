@@ -81,29 +81,36 @@ def test_greedy_codes_equal_eager_s(lengths):
     assert report.kernels["attention"] >= 7 and report.refusals == []
 
 
-@pytest.fixture(scope="module")
-def full_size():
-    """The 1.7B talker in bf16: cosine and errors of every layer over a prompt and 24 steps, by three computations."""
-    c = published("1.7b")
+def published_states(c, batch=1, slots=SLOTS, prompt=16, steps=24):
+    """Return the hidden states of every layer over a prompt and some steps in bfloat16, by name of three computations: two of them, and float32's."""
     model = c.build(torch.bfloat16, "cuda")
-    session = Session(model, c, max_len=SLOTS)
+    session = Session(model, c, max_len=slots, batch=batch)
     exact_model = copy.deepcopy(model).float()
-    exact = Session(exact_model, c, max_len=SLOTS)
+    exact = Session(exact_model, c, max_len=slots, batch=batch)
     exact.tokens = session.tokens.bfloat16().float()
     torch.compiler.reset()
     runs = {"eager": (model, session), "qtts": (compiled(model), session.clone()), "exact": (exact_model, exact)}
     states = {}
     for name, (function, s) in runs.items():
-        steps = []
+        outputs = []
         with torch.inference_mode():
-            for step in range(25):
-                inputs = s.decode_inputs() if step else s.prefill_inputs(16)
-                steps.append([h.float().clone() for h in function(**inputs, output_hidden_states=True).hidden_states])
-        states[name] = [torch.cat(layer, 1) for layer in zip(*steps, strict=True)]
-    del exact_model, runs
-    yield states
+            for step in range(1 + steps):
+                inputs = s.decode_inputs() if step else s.prefill_inputs(prompt)
+                outputs.append([h.float().clone() for h in function(**inputs, output_hidden_states=True).hidden_states])
+        states[name] = [torch.cat(layer, 1) for layer in zip(*outputs, strict=True)]
     torch.compiler.reset()
     torch.cuda.empty_cache()
+    return states
+
+
+def assert_as_exact_as_eager(states):
+    eager, result = ((states[name][-1] - states["exact"][-1]).square().mean().sqrt() for name in ("eager", "qtts"))
+    assert 0 < result <= 1.1 * eager
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    return published_states(published("1.7b"))
 
 
 @pytest.mark.parametrize("layer", [0, 7, 14, 21, 27])
@@ -115,8 +122,19 @@ def test_published_shape_follows_eager(full_size, layer):
 
 
 def test_published_shape_is_as_exact_as_eager(full_size):
-    eager, result = ((full_size[name][-1] - full_size["exact"][-1]).square().mean().sqrt() for name in ("eager", "qtts"))
-    assert 0 < result <= 1.1 * eager
+    assert_as_exact_as_eager(full_size)
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "slots"), [("0.6b", 1, SLOTS), ("1.7b", 1, 512), ("1.7b", 3, SLOTS), ("1.7b", 8, 512), ("1.7b", 16, SLOTS)]
+)
+def test_other_sizes_slots_and_batches_are_as_exact_as_eager(size, batch, slots):
+    assert_as_exact_as_eager(published_states(published(size), batch, slots))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 16])
+def test_the_code_predictor_is_as_exact_as_eager(batch):
+    assert_as_exact_as_eager(published_states(published("1.7b", "predictor"), batch, slots=16, prompt=2, steps=14))
 
 
 @pytest.mark.parametrize(

@@ -45,13 +45,16 @@ def test_greedy_codes_are_those_of_generate(recorded, lengths):
     assert later == [(graphs, runs, recordings + 1)] * 2  # nothing is compiled again, or launched without a CUDA graph
 
 
-@pytest.mark.parametrize("kv_cache", ["bf16", "int4"])
-@pytest.mark.parametrize("lengths", [[9], [5, 9, 7]], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "kv_cache"),
+    [([9], "bf16"), ([5, 9, 7], "bf16"), ([9], "int4"), ([5, 9, 7], "int4"), ([5, 9, 7], "int3"), ([9], "k4v3"), ([5, 9, 7], "fp8")],
+    ids=str,
+)
 def test_frames_of_both_reaches_give_the_same_codes(monkeypatch, lengths, kv_cache):
     monkeypatch.setattr("qtts_compile.engine.NEAR", 32)
     torch.compiler.reset()
     talker = build_talker("1.7b", device="cuda")
-    protect = Protect(first_layers=1, last_layers=0, sinks=2, window=8) if kv_cache == "int4" else None
+    protect = Protect(first_layers=1, last_layers=0, sinks=2, window=8) if kv_cache != "bf16" else None
     engine, eager = (Engine(talker, max_seq_len=128, launcher=each, kv_cache=kv_cache, protect=protect) for each in (launcher(strict=True), None))
     expected = speak(eager, prompt(talker, lengths, 64), settings(max_new_tokens=65, min_new_tokens=65)).codes.clone()
     for _ in range(3):
