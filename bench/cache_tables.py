@@ -39,19 +39,21 @@ def quantized_attention(results: Results) -> str:
 
 
 def layers(results: Results) -> str:
-    """A talker's layer as it stands in a frame, by kind of cache, slots and position, and how many times as fast as over bfloat16."""
+    """A talker's layer as it stands in a frame, by texts, kind of cache, slots and position, and how many times as fast as over bfloat16."""
     talkers = [row for row in results.rows if row["stack"] == "talker"]
-    places: dict[tuple[int, int], dict[str, float]] = {}
+    places: dict[tuple[int, int, int], dict[str, float]] = {}
     for row in talkers:
-        places.setdefault((row["slots"], row["position"]), {})[row["kv_cache"]] = row["us"][-1]
+        places.setdefault((row.get("texts", 1), row["slots"], row["position"]), {})[row["kv_cache"]] = row["us"][-1]
     formats = list(dict.fromkeys(row["kv_cache"] for row in talkers))
 
     def cell(us: dict[str, float], name: str) -> str:
+        if name not in us:
+            return ""
         ratio = "" if name == "bf16" or "bf16" not in us else f" ({us['bf16'] / us[name]:.2f}x)"
         return f"{us[name]:.2f}{ratio}"
 
     rows = [[*map(str, place), *(cell(us, name) for name in formats)] for place, us in places.items()]
-    table = markdown(["slots", "position", *(f"{name}, us a layer" for name in formats)], rows)
+    table = markdown(["texts", "slots", "position", *(f"{name}, us a layer" for name in formats)], rows)
     return f"{results.source}\n\n{table}\n\nA layer's weights can be read in {talkers[0]['floor_us']:.2f} us.\n"
 
 

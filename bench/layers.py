@@ -1,9 +1,9 @@
-"""Time decoder layers one after the other, as they stand in a frame, at one row and the published shapes.
+"""Time decoder layers one after the other, as they stand in a frame, at the published shapes, for one text or several together.
 
-Run: ``python -m bench.layers [--stacks talker predictor] [--kv-cache bf16 int4 ...] [--slots SLOTS ...] [--positions TOKENS ...] [--search]
-[--table FILE] [--json FILE]``. A kernel overlaps with its neighbours, so that what is fastest alone (bench.linears, bench.quantized_attention) need
-not be fastest here: ``--search`` tries each linear kernel's launches in their place, over all caches and positions asked for, and ``--table`` writes
-this GPU's table for kernels/launches with what it found. The layers' weights together exceed the L2 cache.
+Run: ``python -m bench.layers [--stacks talker predictor] [--texts TEXTS ...] [--kv-cache bf16 int4 ...] [--slots SLOTS ...] [--positions TOKENS ...]
+[--search] [--table FILE] [--json FILE]``. A kernel overlaps with its neighbours, so that what is fastest alone (bench.linears,
+bench.quantized_attention) need not be fastest here: ``--search`` tries each linear kernel's launches in their place, over all caches and positions
+asked for, and ``--table`` writes this GPU's table for kernels/launches with what it found. The layers' weights together exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from bench.linears import CASES, Case, chosen_launch, compile_launch
 from bench.machine import describe
 from bench.quantized_attention import build_arguments, kernel_of, write_prompt
 from bench.reads import copy_bandwidth
+from qtts_compile.kernels.gemv import MAX_ROWS
 from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, candidates, tiles_in_flight
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, remember
@@ -37,6 +38,7 @@ from qtts_compile.kernels.norm_qkv import MAX_SLOTS
 from qtts_compile.kernels.norm_qkv_attention import norm_qkv_attention
 from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized_attention
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
+from qtts_compile.kernels.sizes import next_power_of_2
 from qtts_compile.options import KV_CACHES
 
 EPS, HEADS, WIDTH = 1e-6, 16, 128
@@ -50,7 +52,7 @@ Layers = Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
 
 class Stack(NamedTuple):
-    """Layers of a hidden size over a cache of ``slots`` rows, of which those up to ``position`` are attended to."""
+    """Layers of a hidden size over a cache of ``slots`` rows, of which those up to ``position`` are attended to, for so many ``texts``."""
 
     hidden: int
     inner: int
@@ -58,6 +60,7 @@ class Stack(NamedTuple):
     slots: int
     position: int
     sections: tuple[int, ...] = ()
+    texts: int = 1
 
 
 STACKS = {
@@ -67,25 +70,25 @@ STACKS = {
 
 
 def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callable[..., torch.Tensor]:
-    """Return attention over a cache with a random prompt: ``[1, heads, 1, WIDTH]`` of x ``[1, hidden]``, its norm's weight, the projections, and
-    two weights to prefetch where one operator computes all this."""
+    """Return attention over a cache with a random prompt: ``[texts, heads, 1, WIDTH]`` of x ``[texts, hidden]``, its norm's weight, the projections,
+    and two weights to prefetch where one operator computes all this."""
     case = AttentionCase("", stack.slots, stack.position, stack.sections)
-    sets = build_arguments(kv_cache, case, 1, device, copies=1)
+    sets = build_arguments(kv_cache, case, stack.texts, device, copies=1)
     write_prompt(kv_cache, case, sets)
     attend, rest = kernel_of(kv_cache, device), sets[0][3:]
-    if stack.slots <= MAX_SLOTS:  # one operator computes projections and attention, as in a frame
+    if stack.slots <= MAX_SLOTS and stack.texts == 1:  # one operator computes projections and attention, as in a frame
         joined = norm_qkv_attention if kv_cache == "bf16" else norm_qkv_quantized_attention
         return lambda x, norm, projections, prefetch=None: joined(x, norm, projections, EPS, *rest, prefetch=prefetch)
 
     def projected(x: torch.Tensor, norm: torch.Tensor, projections: list[torch.Tensor], prefetch: object = None) -> torch.Tensor:
         states = norm_linears(x, norm, projections, [None] * 3, EPS)
-        return attend(*(state.view(1, 1, -1, WIDTH).transpose(1, 2) for state in states), *rest)
+        return attend(*(state.view(stack.texts, 1, -1, WIDTH).transpose(1, 2) for state in states), *rest)
 
     return projected
 
 
 def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a layer with random weights, a function of ``[1, hidden]``."""
+    """Return a layer with random weights, a function of ``[texts, hidden]``."""
     new = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
 
     def weight(outputs: int, width: int) -> torch.Tensor:
@@ -96,7 +99,7 @@ def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor]
     down, norms, attend = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), build_attention(stack, kv_cache)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        x = linear_add_triton(attend(x, norms[0], projections, [gate, up]).transpose(1, 2).reshape(1, -1), out, None, x)
+        x = linear_add_triton(attend(x, norms[0], projections, [gate, up]).transpose(1, 2).reshape(len(x), -1), out, None, x)
         return linear_add_triton(norm_swiglu_triton(x, norms[1], gate, up, EPS), down, None, x)
 
     return layer
@@ -107,18 +110,18 @@ def case_of(stack: str, part: str) -> Case:
     return next(case for case in CASES if case.name == f"{stack} {part}")
 
 
-def launches_of(case: Case) -> list[Launch]:
+def launches_of(case: Case, texts: int = 1) -> list[Launch]:
     """Return what is tried for a linear kernel, what it is launched with now first; what the rule has in flight is not named again."""
-    launches = [chosen_launch(case, 1), *candidates(1, case.outputs, case.width, torch.bfloat16, case.matrices)]
+    launches = [chosen_launch(case, texts), *candidates(texts, case.outputs, case.width, torch.bfloat16, case.matrices)]
     for launch in list(launches):
         by_rule, *counts = (tiles_in_flight(launch, tried, case.width, case.matrices, 2) for tried in (BYTES_IN_FLIGHT, *TRIED_BYTES))
         launches += [launch._replace(in_flight=count) for count in counts if count != by_rule]
     return list(dict.fromkeys(launches))
 
 
-def shape_of(case: Case) -> Shape:
-    """Return the shape under which a table has a linear kernel of one row."""
-    return Shape(case.op, 2, case.outputs, case.width, 1)
+def shape_of(case: Case, texts: int = 1) -> Shape:
+    """Return the shape under which a table has a linear kernel of a row for each text."""
+    return Shape(case.op, 2, case.outputs, case.width, next_power_of_2(texts))
 
 
 def measure(layers: Layers, x: torch.Tensor, rounds: int = ROUNDS) -> float:
@@ -139,14 +142,15 @@ def search(name: str, parts: Sequence[str], variants: Sequence[Layers], x: torch
     best = [min(measure(layers, x) for _ in range(5)) for layers in variants]
     for part in (*parts, *parts):
         case = case_of(name, part)
-        chosen = before = chosen_launch(case, 1)
-        for launch in launches_of(case):
+        shape, chosen = shape_of(case, len(x)), chosen_launch(case, len(x))
+        before = chosen
+        for launch in launches_of(case, len(x)):
             if (case, launch) in compiled and launch != before:
-                remember(shape_of(case), device, launch)
+                remember(shape, device, launch)
                 if (us := try_launch(variants, x, best)) and sum(us) < sum(best) - NOISE_US * len(best):
                     best, chosen = us, launch
-        remember(shape_of(case), device, chosen)
-        found[str(shape_of(case))] = chosen
+        remember(shape, device, chosen)
+        found[str(shape)] = chosen
         print(f"  {case.name:18} {tuple(before)} -> {tuple(chosen)}: {', '.join(f'{us:.2f}' for us in best)} us a layer", flush=True)
     return found
 
@@ -162,9 +166,10 @@ def try_launch(variants: Sequence[Layers], x: torch.Tensor, best: Sequence[float
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; ``variants`` are the stacks that are timed, each with its name and a kind of cache."""
+    """Read the command line; ``variants`` are the stacks that are timed, by name and number of texts, each with a kind of cache."""
     parser = argparse.ArgumentParser(prog="python -m bench.layers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS), metavar="NAME")
+    parser.add_argument("--texts", nargs="+", type=int, choices=range(1, MAX_ROWS + 1), default=[1], metavar="TEXTS", help="together")
     parser.add_argument("--kv-cache", nargs="+", choices=KV_CACHES, default=["bf16"], metavar="FORMAT", help="of the talker's keys and values")
     parser.add_argument("--positions", nargs="+", type=int, default=[STACKS["talker"].position], metavar="TOKENS", help="of the talker")
     parser.add_argument("--slots", nargs="+", type=int, default=[STACKS["talker"].slots], help="of the talker's cache (default: %(default)s)")
@@ -175,12 +180,16 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     if wrong := [position for position in arguments.positions if not 0 < position < max(arguments.slots)]:
         parser.error(f"--positions {wrong[0]}: give 1 to {max(arguments.slots) - 1}, or --slots for more")
     talkers = [
-        ("talker", STACKS["talker"]._replace(slots=slots, position=position), kv_cache)
+        (STACKS["talker"]._replace(slots=slots, position=position), kv_cache)
         for slots, kv_cache, position in itertools.product(arguments.slots, arguments.kv_cache, arguments.positions)
         if position < slots
     ]
-    each = {"talker": talkers, "predictor": [("predictor", STACKS["predictor"], "bf16")]}
-    arguments.variants = [variant for name in arguments.stacks for variant in each[name]]
+    each = {"talker": talkers, "predictor": [(STACKS["predictor"], "bf16")]}
+    arguments.variants = {
+        (name, texts): [(stack._replace(texts=texts), kv_cache) for stack, kv_cache in each[name]]
+        for name in arguments.stacks
+        for texts in arguments.texts
+    }
     return arguments
 
 
@@ -191,30 +200,29 @@ def main(argv: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             raise SystemExit("bench.layers needs a CUDA GPU")
         capability = torch.cuda.get_device_capability()
-        cases = [case_of(name, part) for name in arguments.stacks for part in PARTS] if arguments.search else []
-        jobs = [(capability, case, 1, launch) for case in cases for launch in launches_of(case)]
+        cases = [(case_of(name, part), texts) for name, texts in arguments.variants for part in PARTS] if arguments.search else []
+        jobs = [(capability, case, texts, launch) for case, texts in cases for launch in launches_of(case, texts)]
         compiled = {(job[1], job[3]) for job, done in zip(jobs, pool.map(compile_launch, jobs, chunksize=2), strict=True) if done}
     shipped = SHIPPED / file_name(torch.cuda.get_device_name())
     table: dict[str, Any] = json.loads(shipped.read_text()) if shipped.is_file() else {}
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "rows": []}
     result["command"] = "python -m bench.layers " + " ".join(argv or sys.argv[1:])
-    for name in arguments.stacks:
-        variants = [(stack, kv_cache) for each, stack, kv_cache in arguments.variants if each == name]
+    for (name, texts), variants in arguments.variants.items():
         built = [[build_layer(stack, kv_cache) for _ in range(stack.layers)] for stack, kv_cache in variants]
-        x = torch.randn(1, STACKS[name].hidden, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(texts, STACKS[name].hidden, dtype=torch.bfloat16, device="cuda")
         times = [[min(measure(layers, x) for _ in range(5))] for layers in built]
         if arguments.search:
-            has_qkv = any(stack.slots > MAX_SLOTS for stack, _ in variants)
+            has_qkv = texts > 1 or any(stack.slots > MAX_SLOTS for stack, _ in variants)
             table |= search(name, [part for part in PARTS if part != "qkv" or has_qkv], built, x, compiled)
             for us, layers in zip(times, built, strict=True):
                 us.append(min(measure(layers, x) for _ in range(5)))
         floor = sum(case_of(name, part).weight_bytes for part in PARTS) / copy_bandwidth() / 1e6
-        launches = {part: chosen_launch(case_of(name, part), 1) for part in PARTS}
+        launches = {part: chosen_launch(case_of(name, part), texts) for part in PARTS}
         for (stack, kv_cache), us in zip(variants, times, strict=True):
-            place = dict(stack=name, layers=stack.layers, slots=stack.slots, position=stack.position, kv_cache=kv_cache)
+            place = dict(stack=name, texts=texts, layers=stack.layers, slots=stack.slots, position=stack.position, kv_cache=kv_cache)
             result["rows"].append(place | dict(us=us, floor_us=floor, launches=launches))
             timed = " -> ".join(f"{value:.2f}" for value in us)
-            where = f"{name:10} {kv_cache:5} {stack.slots:5} {stack.position:5}"
+            where = f"{name:10} x {texts:2} {kv_cache:5} {stack.slots:5} {stack.position:5}"
             print(f"{where} {timed} us a layer; its weights can be read in {floor:.2f}", flush=True)
         del built
     if arguments.json:

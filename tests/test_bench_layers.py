@@ -15,9 +15,9 @@ from qtts_compile.kernels.launch_table import Launch
 
 def test_each_cache_is_timed_at_each_position(capsys):
     arguments = layers.arguments_of("--slots 8192 --kv-cache bf16 int4 --positions 64 8000".split())
-    timed = [(name, stack.slots, stack.position, kv_cache) for name, stack, kv_cache in arguments.variants]
-    talkers = [("talker", 8192, position, kv_cache) for kv_cache in ("bf16", "int4") for position in (64, 8000)]
-    assert timed == [("predictor", 16, 8, "bf16"), *talkers]
+    timed = {key: [(stack.slots, stack.position, kv_cache) for stack, kv_cache in variants] for key, variants in arguments.variants.items()}
+    talkers = [(8192, position, kv_cache) for kv_cache in ("bf16", "int4") for position in (64, 8000)]
+    assert timed == {("predictor", 1): [(16, 8, "bf16")], ("talker", 1): talkers}
     with pytest.raises(SystemExit, match="2"):
         layers.arguments_of(["--positions", "64", "2048"])
     assert "--positions 2048: give 1 to 2047, or --slots for more" in capsys.readouterr().err
@@ -25,7 +25,17 @@ def test_each_cache_is_timed_at_each_position(capsys):
 
 def test_a_position_is_timed_in_every_cache_that_reaches_so_far():
     arguments = layers.arguments_of("--stacks talker --slots 256 8192 --positions 64 512".split())
-    assert [(stack.slots, stack.position) for _, stack, _ in arguments.variants] == [(256, 64), (8192, 64), (8192, 512)]
+    assert [(stack.slots, stack.position) for stack, _ in arguments.variants["talker", 1]] == [(256, 64), (8192, 64), (8192, 512)]
+
+
+def test_several_texts_are_timed_together(capsys):
+    arguments = layers.arguments_of("--texts 1 8 --positions 64".split())
+    assert {key: [stack.texts for stack, _ in variants] for key, variants in arguments.variants.items()} == {
+        (name, texts): [texts] for name in ("predictor", "talker") for texts in (1, 8)
+    }
+    with pytest.raises(SystemExit, match="2"):
+        layers.arguments_of(["--texts", "17"])
+    assert "choose from 1, 2" in capsys.readouterr().err
 
 
 def test_launches_with_other_numbers_of_tiles_in_flight_are_tried(monkeypatch):
@@ -53,7 +63,7 @@ def search(times, monkeypatch):
 
     monkeypatch.setattr(layers, "measure", measure)
     monkeypatch.setattr(layers, "chosen_launch", lambda case, rows: table.get("launch", launches[0]))
-    monkeypatch.setattr(layers, "launches_of", lambda case: launches)
+    monkeypatch.setattr(layers, "launches_of", lambda case, texts: launches)
     monkeypatch.setattr(layers, "remember", lambda shape, device, launch: table.update(launch=launch))
     case, places = layers.case_of("talker", "down"), cast(Any, [0, 1])
     found = layers.search("talker", ["down"], places, torch.empty(1), {(case, launch) for launch in launches})
@@ -73,25 +83,25 @@ def test_a_search_keeps_what_it_cannot_tell_apart(monkeypatch):
 
 def test_the_commands_of_the_measurements_are_understood():
     commands = re.findall(r"^ +python -m bench\.layers ([^#\n]*)", MEASUREMENTS.read_text(), re.MULTILINE)
-    assert len(commands) == 2 and all(layers.arguments_of(command.split()).variants for command in commands)
+    assert len(commands) == 3 and all(layers.arguments_of(command.split()).variants for command in commands)
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "int4", "k4v3", "fp8"])
-@pytest.mark.parametrize("slots", [128, 8208])
-def test_attention_of_a_layer_reads_its_prompt(kv_cache, slots, monkeypatch):
-    """Also where two operators compute it, as there are too many slots for one."""
-    stack = layers.STACKS["talker"]._replace(hidden=64, slots=slots, position=100)
+@pytest.mark.parametrize(("slots", "texts"), [(128, 1), (8208, 1), (128, 3)])
+def test_attention_of_a_layer_reads_its_prompt(kv_cache, slots, texts, monkeypatch):
+    """Also where two operators compute it, as there are too many slots or texts for one."""
+    stack = layers.STACKS["talker"]._replace(hidden=64, slots=slots, position=100, texts=texts)
     torch.manual_seed(0)
     name = "norm_qkv_attention" if kv_cache == "bf16" else "norm_qkv_quantized_attention"
     joined = mock.Mock(wraps=getattr(layers, name))
     monkeypatch.setattr(layers, name, joined)
     attend = layers.build_attention(stack, kv_cache, "cpu")
     norm, projections = torch.ones(64).bfloat16(), [torch.randn(heads * layers.WIDTH, 64).bfloat16() / 8 for heads in (16, 8, 8)]
-    x = torch.randn(1, 64).bfloat16()
+    x = torch.randn(texts, 64).bfloat16()
     first, other = attend(x, norm, projections), attend(torch.randn_like(x), norm, projections)
-    assert joined.called == (slots == 128)
-    assert first.shape == (1, 16, 1, layers.WIDTH) and first.isfinite().all() and not torch.equal(first, other)
-    new = (x.float() / x.float().square().mean().sqrt() @ projections[2].float().T).view(1, 8, 1, layers.WIDTH)
+    assert joined.called == (slots == 128 and texts == 1)
+    assert first.shape == (texts, 16, 1, layers.WIDTH) and first.isfinite().all() and not torch.equal(first, other)
+    new = (x.float() / x.float().square().mean(1, keepdim=True).sqrt() @ projections[2].float().T).view(texts, 8, 1, layers.WIDTH)
     assert not torch.allclose(first.float(), new.repeat_interleave(2, dim=1), atol=0.1)  # as it would be if the new token were alone
 
 

@@ -155,11 +155,13 @@ def test_layers_are_shown_by_place_and_cache(tmp_path, monkeypatch):
         {"stack": "talker", "kv_cache": name, "slots": slots, "position": at, "us": us, "floor_us": 6.789} for (name, slots, at), us in timed.items()
     ]
     rows.insert(0, {"stack": "predictor", "kv_cache": "bf16", "slots": 16, "position": 8, "us": [3.0], "floor_us": 2.0})
+    rows.append(rows[1] | {"texts": 8, "us": [20.0]})
     machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
     (tmp_path / "layers.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows}))
     monkeypatch.setattr(result_files, "RESULTS", tmp_path)
     lines = tables.TABLES["layers"](result_files.Results("layers")).splitlines()
-    shown = ["| 256 | 64 | 8.00 | 10.00 (0.80x) |", "| 512 | 64 | 9.00 | 7.50 (1.20x) |", "| 512 | 500 | 11.00 | 10.00 (1.10x) |"]
+    shown = ["| 1 | 256 | 64 | 8.00 | 10.00 (0.80x) |", "| 1 | 512 | 64 | 9.00 | 7.50 (1.20x) |", "| 1 | 512 | 500 | 11.00 | 10.00 (1.10x) |"]
+    shown.append("| 8 | 256 | 64 | 20.00 | |")
     assert lines[4:] == [*shown, "", "A layer's weights can be read in 6.79 us."]
 
 
