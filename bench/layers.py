@@ -24,21 +24,20 @@ import torch
 import triton
 
 from bench.attention import Case as AttentionCase
-from bench.linears import CASES, Case, chosen_launch, compile_launch
+from bench.linears import CASES, Case, chosen_launch, compile_launch, shape_of
 from bench.machine import describe
 from bench.quantized_attention import build_arguments, kernel_of, write_prompt
 from bench.reads import copy_bandwidth
 from qtts_compile.kernels.gemv import MAX_ROWS
 from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, candidates, tiles_in_flight
 from qtts_compile.kernels.launch_search import microseconds
-from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, remember
+from qtts_compile.kernels.launch_table import SHIPPED, Launch, file_name, remember
 from qtts_compile.kernels.linear_add import linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears
 from qtts_compile.kernels.norm_qkv import MAX_SLOTS
 from qtts_compile.kernels.norm_qkv_attention import norm_qkv_attention
 from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized_attention
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
-from qtts_compile.kernels.sizes import next_power_of_2
 from qtts_compile.options import KV_CACHES
 
 EPS, HEADS, WIDTH = 1e-6, 16, 128
@@ -119,11 +118,6 @@ def launches_of(case: Case, texts: int = 1) -> list[Launch]:
     return list(dict.fromkeys(launches))
 
 
-def shape_of(case: Case, texts: int = 1) -> Shape:
-    """Return the shape under which a table has a linear kernel of a row for each text."""
-    return Shape(case.op, 2, case.outputs, case.width, next_power_of_2(texts))
-
-
 def measure(layers: Layers, x: torch.Tensor, rounds: int = ROUNDS) -> float:
     """Return the microseconds of a layer, of all in turn."""
 
@@ -142,8 +136,8 @@ def search(name: str, parts: Sequence[str], variants: Sequence[Layers], x: torch
     best = [min(measure(layers, x) for _ in range(5)) for layers in variants]
     for part in (*parts, *parts):
         case = case_of(name, part)
-        shape, chosen = shape_of(case, len(x)), chosen_launch(case, len(x))
-        before = chosen
+        shape = shape_of(case, len(x))
+        chosen = before = chosen_launch(case, len(x))
         for launch in launches_of(case, len(x)):
             if (case, launch) in compiled and launch != before:
                 remember(shape, device, launch)

@@ -124,10 +124,14 @@ def call_library(case: Case, x: torch.Tensor, *others: Any) -> Any:
     return [linear(normed, weight, bias) for weight, bias in zip(first, second, strict=True)]
 
 
+def shape_of(case: Case, rows: int) -> Shape:
+    """Return the shape under which a table has the launch of a case."""
+    return Shape(case.op, 2, case.outputs, case.width, triton.next_power_of_2(rows))
+
+
 def chosen_launch(case: Case, rows: int) -> Launch:
     """Return what the kernel of a case is launched with on this GPU."""
-    shape = Shape(case.op, 2, case.outputs, case.width, triton.next_power_of_2(rows))
-    return lookup(shape, torch.device("cuda", 0)) or choose_launch(rows, case.outputs, case.width, torch.bfloat16, case.matrices)
+    return lookup(shape_of(case, rows), torch.device("cuda", 0)) or choose_launch(rows, case.outputs, case.width, torch.bfloat16, case.matrices)
 
 
 def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:

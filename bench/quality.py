@@ -91,14 +91,14 @@ def synthetic_rows(arguments: argparse.Namespace, default: Protect) -> Iterator[
                     yield row | {"verdict": verdict(row)}
 
 
-def model_rows(talker: Any, arguments: argparse.Namespace, part: str, protections: dict[str, Protect]) -> Iterator[dict[str, Any]]:
+def model_rows(talker: Any, arguments: argparse.Namespace, part: str, protects: dict[str, Protect]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a talker that hears what the unquantised one has said, with each protection."""
     trajectory = teacher.Trajectory.of(talker, BATCH, PROMPT if arguments.tiny else LONG_PROMPT, arguments.frames)
     dense = _packed(talker, "int4", Protect(first_layers=talker.config.num_hidden_layers))
     exact = teacher.observe(trajectory, dense)
     for name in arguments.formats:
         bare = _packed(talker, name, BARE).allocated_bytes
-        for protected, protect in protections.items():
+        for protected, protect in protects.items():
             like = _packed(talker, name, protect)
             seen = teacher.observe(trajectory, like)
             row = dict(part=part, format=name, protected=protected, quantized_layers=len(like.quantized_layers))
@@ -123,8 +123,8 @@ def free_rows(model: Any, arguments: argparse.Namespace, default: Protect) -> It
     yield dict(part="free", format="bf16", protected="", **free_running.compare(exact, exact, cap))
     yield dict(part="free", format="bf16", protected="other seeds", **free_running.compare(exact, others, cap))
     for name in arguments.formats:
-        for protected in ("default", "nothing"):
-            seen = free_running.speak(engine(name, protections(default)[protected]), seeds, cap)
+        for protected, protect in {"default": default, "nothing": BARE}.items():
+            seen = free_running.speak(engine(name, protect), seeds, cap)
             yield dict(part="free", format=name, protected=protected, **free_running.compare(exact, seen, cap))
 
 

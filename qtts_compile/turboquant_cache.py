@@ -162,7 +162,7 @@ def warn_of(cache: StaticKVCache, stacklevel: int) -> None:
     if not isinstance(cache, TurboQuantKVCache):
         return
     if cache.quantized_layers:
-        over = "on the 1.7B model with random weights and over random keys" if cache.format.has_three_bits else "over random keys"
+        over = "on the 1.7B model with random weights and over random keys" if 3 in (cache.format.k_bits, cache.format.v_bits) else "over random keys"
         message = f"is experimental: it fails this project's limits {over} (see README); the default is 'bf16'"
     else:
         message = f"quantises nothing: {cache.protect} keeps all {cache.layers} layers of this model as they are; lower first_layers and last_layers"

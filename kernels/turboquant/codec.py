@@ -114,19 +114,16 @@ def _planes(bits: int) -> tuple[_Plane, ...]:
     return _PLANES[bits]
 
 
-_WAYS = {
-    True: "keep this cache in bf16",
-    False: "look for where the model leaves the range of its dtype (weights, inputs, activations), as a cache in bf16 would hold the same",
-}
-
-
 def _storable(scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     refused = ~(scale <= FLOAT16_MAX).squeeze(-1)
     if refused.any():
         place = tuple(refused.nonzero()[0].tolist())
         largest = x[place].abs().amax().item()
+        way = "keep this cache in bf16"
+        if not math.isfinite(largest):
+            way = "look for where the model leaves the range of its dtype (weights, inputs, activations), as a cache in bf16 would hold the same"
         raise ValueError(
             f"a quantised KV cache holds finite vectors with a scale of at most {FLOAT16_MAX:g}; that at {place} has the largest magnitude"
-            f" {largest:g} and a norm of {x[place].double().norm().item():g}: {_WAYS[math.isfinite(largest)]}"
+            f" {largest:g} and a norm of {x[place].double().norm().item():g}: {way}"
         )
     return scale.half()

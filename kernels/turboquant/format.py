@@ -34,11 +34,6 @@ class Format:
             raise ValueError(f"a quantised KV cache is one of {', '.join(_FORMATS)}, got {name!r}{way}")
         return _FORMATS[name]
 
-    @property
-    def has_three_bits(self) -> bool:
-        """Whether keys or values have codes of 3 bits."""
-        return 3 in (self.k_bits, self.v_bits)
-
     def key_bytes(self, head_dim: int) -> int:
         """Return the bytes of the codes of a key. Raises ``ValueError`` as :func:`check_head_dim`."""
         return code_bytes(self.k_bits, head_dim)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import triton
 
-from bench.linears import CASES
+from bench.linears import CASES, shape_of
 from qtts_compile.kernels import launch_table
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, keep, lookup, remember
 
@@ -110,4 +110,4 @@ def test_shipped_tables_are_of_the_published_shapes():
             op, bits, _, outputs, _, width, rows = name.replace(",", "").split()
             assert str(Shape(op, int(bits) // 8, int(outputs), int(width), int(rows))) == name
             assert all(value & (value - 1) == 0 for value in launch[:4]) and Launch(*launch).block_m >= int(rows)
-        assert set(table) == {str(Shape(case.op, 2, case.outputs, case.width, rows)) for case in CASES for rows in (1, 2, 4, 8, 16)}
+        assert set(table) == {str(shape_of(case, rows)) for case in CASES for rows in (1, 2, 4, 8, 16)}
