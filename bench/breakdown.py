@@ -27,7 +27,7 @@ from bench.timing import kernel_table, milliseconds
 # matrix product: it reads two thirds of the weights before a layer's second norm.
 CLASSES = {
     "attention": r"combine_kernel|qk_norm_rope|kv_(write|read)|rotary|rope|flash|fmha|^(?!norm_qkv).*attention|attn|triton.*(softmax|bmm|index_copy)",
-    "gemv": r"norm_linears|norm_qkv|norm_swiglu|linear_add|embedding_linear|gemv|gemm|cutlass|nvjet|splitK|xmma|(^|_)(add)?mm(_|$)",
+    "gemv": r"norm_linears|norm_qkv|norm_swiglu|linear_add|embedding_linear|skinny|gemv|gemm|cutlass|nvjet|splitK|xmma|(^|_)(add)?mm(_|$)",
     "sampling": r"_sample_(embedding_)?kernel|topk|sort|radix|argmax|arg_max|multinomial|cumsum|DeviceScan|softmax|exponential|distribution",
 }
 PARTS = ("weights floor", "GEMV overhead", "attention", "sampling", "rest", "idle")

@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from qtts_compile.kernels import pdl
+from qtts_compile.kernels.skinny import launch as skinny
 
 
 class Target:
@@ -45,6 +46,7 @@ def compiling_only(capability: tuple[int, int], limit_s: int) -> Iterator[None]:
         with (
             mock.patch.object(triton.JITFunction, "run", compile_only),
             mock.patch.object(pdl, "has_pdl", lambda device: capability >= (9, 0)),
+            mock.patch.object(skinny, "has_tensor_cores", lambda device: capability >= (8, 0)),
         ):
             yield
     finally:

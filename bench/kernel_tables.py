@@ -28,14 +28,21 @@ def decode_step(results: Results) -> str:
 
 
 def linears(results: Results) -> str:
-    """The linear kernels of one row, as the package launches them on this GPU."""
+    """The linear kernels by rows of x: the fastest launch of each, beside the floor and the library."""
+    counts = sorted({row["rows"] for row in results.rows})
+    library = (counts[0], counts[-1])
     rows = []
-    for row in (row for row in results.rows if row["rows"] == 1):
-        us = row["launches"][0]["us"]
-        achieved, share = f"{row['weight_bytes'] / us / 1e6:.2f}", f"{100 * row['floor_us'] / us:.0f}%"
-        rows.append([row["case"], f"{row['outputs']} x {row['width']}", f"{us:.2f}", achieved, share, f"{row['library_us']:.2f}"])
-    titles = ["kernel", "outputs x width", "us", "TB/s", "of the floor", "cuBLAS and a kernel for each other step, us"]
+    for first in (row for row in results.rows if row["rows"] == counts[0]):
+        by_count = {row["rows"]: row for row in results.rows if row["case"] == first["case"]}
+        kernels = [f"{by_count[count]['launches'][0]['us']:.2f}" for count in counts]
+        others = [f"{by_count[count]['library_us']:.2f}" for count in library]
+        rows.append([first["case"], f"{first['outputs']} x {first['width']}", f"{first['floor_us']:.2f}", *kernels, *others])
+    titles = ["kernel, us", "outputs x width", "floor", *map(_of_rows, counts), *(f"cuBLAS, {_of_rows(count)}" for count in library)]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
+def _of_rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
 
 
 def boundaries(results: Results) -> str:

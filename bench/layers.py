@@ -24,12 +24,12 @@ import torch
 import triton
 
 from bench.attention import Case as AttentionCase
-from bench.linears import CASES, Case, chosen_launch, compile_launch, shape_of
+from bench.linears import CASES, Case, chosen_launch, compile_launch, shape_of, tried_launches
 from bench.machine import describe
 from bench.quantized_attention import build_arguments, kernel_of, write_prompt
 from bench.reads import copy_bandwidth
 from qtts_compile.kernels.gemv import MAX_ROWS
-from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, candidates, tiles_in_flight
+from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, tiles_in_flight
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, file_name, remember
 from qtts_compile.kernels.linear_add import linear_add_triton
@@ -38,6 +38,7 @@ from qtts_compile.kernels.norm_qkv import MAX_SLOTS
 from qtts_compile.kernels.norm_qkv_attention import norm_qkv_attention
 from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized_attention
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
+from qtts_compile.kernels.skinny.launch import is_skinny
 from qtts_compile.options import KV_CACHES
 
 EPS, HEADS, WIDTH = 1e-6, 16, 128
@@ -111,8 +112,8 @@ def case_of(stack: str, part: str) -> Case:
 
 def launches_of(case: Case, texts: int = 1) -> list[Launch]:
     """Return what is tried for a linear kernel, what it is launched with now first; what the rule has in flight is not named again."""
-    launches = [chosen_launch(case, texts), *candidates(texts, case.outputs, case.width, torch.bfloat16, case.matrices)]
-    for launch in list(launches):
+    launches = [chosen_launch(case, texts), *tried_launches(case, texts)]
+    for launch in [launch for launch in launches if not is_skinny(launch)]:
         by_rule, *counts = (tiles_in_flight(launch, tried, case.width, case.matrices, 2) for tried in (BYTES_IN_FLIGHT, *TRIED_BYTES))
         launches += [launch._replace(in_flight=count) for count in counts if count != by_rule]
     return list(dict.fromkeys(launches))

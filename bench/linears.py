@@ -28,7 +28,7 @@ from bench.compiling import compiling_only
 from bench.machine import describe
 from bench.reads import copy_bandwidth
 from qtts_compile.kernels.embedding_linear import embedding_linear_reference, embedding_linear_triton
-from qtts_compile.kernels.gemv_launch import candidates, choose_launch
+from qtts_compile.kernels.gemv_launch import SERVED, candidates, choose_launch
 from qtts_compile.kernels.launch_search import COLD_BYTES, microseconds
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
@@ -126,12 +126,21 @@ def call_library(case: Case, x: torch.Tensor, *others: Any) -> Any:
 
 def shape_of(case: Case, rows: int) -> Shape:
     """Return the shape under which a table has the launch of a case."""
-    return Shape(case.op, 2, case.outputs, case.width, triton.next_power_of_2(rows))
+    return Shape(case.op, "16 bit" if case.op == "embedding_linear" else SERVED, case.outputs, case.width, triton.next_power_of_2(rows))
 
 
 def chosen_launch(case: Case, rows: int) -> Launch:
     """Return what the kernel of a case is launched with on this GPU."""
-    return lookup(shape_of(case, rows), torch.device("cuda", 0)) or choose_launch(rows, case.outputs, case.width, torch.bfloat16, case.matrices)
+    return lookup(shape_of(case, rows), torch.device("cuda", 0)) or choose_launch(rows, *_dimensions(case))
+
+
+def tried_launches(case: Case, rows: int) -> list[Launch]:
+    """Return what a search of the case tries."""
+    return candidates(rows, *_dimensions(case))
+
+
+def _dimensions(case: Case) -> tuple[int, int, torch.dtype, int, bool]:
+    return case.outputs, case.width, torch.bfloat16, case.matrices, shape_of(case, 1).numbers == SERVED
 
 
 def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:
@@ -196,8 +205,9 @@ def report(row: dict[str, Any], chosen: Launch) -> str:
 
 def table_of(rows: list[dict[str, Any]]) -> str:
     """Return the best launches as a table for kernels/launches."""
-    best = {(row["op"], 2, row["outputs"], row["width"], row["rows"]): list(row["launches"][0]["launch"]) for row in rows if row["launches"]}
-    lines = [f"{json.dumps(str(Shape(*shape)))}: {launch}" for shape, launch in sorted(best.items())]
+    cases = {case.name: case for case in CASES}
+    best = {shape_of(cases[row["case"]], row["rows"]): list(row["launches"][0]["launch"]) for row in rows if row["launches"]}
+    lines = [f"{json.dumps(str(shape))}: {launch}" for shape, launch in sorted(best.items())]
     return "{\n " + ",\n ".join(lines) + "\n}\n"
 
 
@@ -220,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         for rows in arguments.rows:
             for case in CASES:
                 if case.name in arguments.cases:
-                    tried = candidates(rows, case.outputs, case.width, torch.bfloat16, case.matrices) if arguments.search else []
+                    tried = tried_launches(case, rows) if arguments.search else []
                     plan.append((case, rows, list(dict.fromkeys([chosen_launch(case, rows), *tried]))))
         compiled = pool.imap(compile_launch, [(capability, case, rows, launch) for case, rows, launches in plan for launch in launches])
         result: dict[str, Any] = {"machine": describe(), "command": "python -m bench.linears " + " ".join(argv or sys.argv[1:]), "rows": []}

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_rank
 from qtts_compile.kernels.gemv import MAX_ROWS, check_vector, check_weight, multiply_rows, request_weights
-from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.gemv_launch import launch_of, options_of
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
@@ -82,7 +82,7 @@ def embedding_linear_triton(
         return y
     outputs, rows = weight.shape[0], tokens.numel()
     run = lambda weights, launch: embedding_linear_triton(tokens, table, *weights, bias, launch)  # noqa: E731
-    options = launch_options("embedding_linear", rows, [weight], outputs, run, launch)
+    options = options_of(launch or launch_of("embedding_linear", rows, [weight], outputs, run), [weight], outputs)
     _embedding_linear_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         tokens.contiguous(), table, weight, bias, y, rows, outputs, table.shape[0], table.stride(0), weight.stride(0),
         **options, debug=True, sanitize_overflow=False,

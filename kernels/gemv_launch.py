@@ -10,30 +10,39 @@ from qtts_compile.kernels.launch_search import can_search, search
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.sizes import cdiv, next_power_of_2
+from qtts_compile.kernels.skinny import launch as skinny
 
 MAX_MULTIPLIED_ROWS = 2  # in half precision more rows go to the tensor cores, whose tiles have at least 8
 BYTES_IN_FLIGHT = 256  # of weights for each thread, in 64 registers
+SERVED = "bfloat16"  # of shapes in launch tables
 MIN_SEARCHED_BYTES = 1e6  # of weights: with less to read, launches differ by nothing that can be measured
 
 
-def launch_options(
+def launch_of(
     op: str, rows: int, weights: Sequence[torch.Tensor], outputs: int, run: Callable[[Sequence[torch.Tensor], Launch], object],
-    launch: Launch | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return the constants and launch options of the kernel of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs.
+    is_served: bool = False,
+) -> Launch:  # fmt: skip
+    """Return the launch parameters of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs.
 
-    Where no ``launch`` is given, measured parameters are used, and measured first by ``run``, which launches the kernel with other weights, if this
-    GPU has none and can do so now. Else a rule chooses.
+    They are measured ones, and measured first by ``run``, which launches the kernel with other weights, if this GPU has none and can do so now. Else
+    a rule chooses. What the tensor cores' kernel :mod:`skinny` serves has launches of its own, of either kernel.
     """
     width, dtype, device = weights[0].shape[1], weights[0].dtype, weights[0].device
-    matrices = sum(weight.shape[0] for weight in weights) // outputs
-    if launch is None:
-        shape = Shape(op, dtype.itemsize, outputs, width, next_power_of_2(rows))
-        launch = lookup(shape, device)
-        if launch is None and outputs * matrices * width * dtype.itemsize >= MIN_SEARCHED_BYTES and can_search(device):
-            launch = search(shape, candidates(rows, outputs, width, dtype, matrices), weights, run)
-    launch = launch or choose_launch(rows, outputs, width, dtype, matrices)
-    return _constants(launch, width, matrices, dtype.itemsize) | pdl_options(device)
+    matrices = _matrices(weights, outputs)
+    shape = Shape(op, SERVED if is_served else f"{8 * dtype.itemsize} bit", outputs, width, next_power_of_2(rows))
+    launch = lookup(shape, device)
+    if launch is None and outputs * matrices * width * dtype.itemsize >= MIN_SEARCHED_BYTES and can_search(device):
+        launch = search(shape, candidates(rows, outputs, width, dtype, matrices, is_served), weights, run)
+    return launch or choose_launch(rows, outputs, width, dtype, matrices, is_served)
+
+
+def options_of(launch: Launch, weights: Sequence[torch.Tensor], outputs: int) -> dict[str, Any]:
+    """Return the constants and launch options of a kernel on ``gemv`` that is launched so."""
+    return _constants(launch, weights[0].shape[1], _matrices(weights, outputs), weights[0].itemsize) | pdl_options(weights[0].device)
+
+
+def _matrices(weights: Sequence[torch.Tensor], outputs: int) -> int:
+    return sum(weight.shape[0] for weight in weights) // outputs
 
 
 @functools.cache
@@ -56,11 +65,13 @@ def tiles_in_flight(launch: Launch, bytes_of_thread: int, width: int, matrices: 
     return max(1, min(bytes_of_thread * 32 * launch.num_warps // tile, cdiv(width, launch.block_k)))
 
 
-def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> Launch:
+def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1, is_served: bool = False) -> Launch:
     """Choose by rule for ``rows`` rows of x and ``matrices`` weights ``[outputs, width]``, of which a program reads the same rows.
 
     For 1 or 2 rows: about 16 KiB of weights a program, but at least 400 programs, three for each multiprocessor of an H200.
     """
+    if is_served and rows > 1:
+        return skinny.choose_launch(rows, outputs, width, matrices)
     block_m = next_power_of_2(rows)
     whole_row = next_power_of_2(width)
     is_half = dtype.itemsize == 2
@@ -73,9 +84,13 @@ def choose_launch(rows: int, outputs: int, width: int, dtype: torch.dtype, matri
     return Launch(block_m, 2 ** (block_n.bit_length() - 1), min(256 * num_warps, whole_row), num_warps)
 
 
-def candidates(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1) -> list[Launch]:
+def candidates(rows: int, outputs: int, width: int, dtype: torch.dtype, matrices: int = 1, is_served: bool = False) -> list[Launch]:
     """Return what a search tries, the rule's choice first: a thread reads 16 bytes of a row at a time."""
-    launches = [choose_launch(rows, outputs, width, dtype, matrices)]
+    launches = [choose_launch(rows, outputs, width, dtype, matrices, is_served)]
+    if is_served:
+        launches += skinny.candidates(rows, outputs, width, matrices)
+        if rows > MAX_MULTIPLIED_ROWS:
+            return list(dict.fromkeys(launches))
     block_m = next_power_of_2(rows)
     whole_row, lane = next_power_of_2(width), 16 // dtype.itemsize
     if rows <= 4 or dtype.itemsize > 2:

@@ -1,7 +1,7 @@
 """Launch parameters that were measured: those shipped for a GPU, and those found on this machine, which come first.
 
-A table is a JSON object of ``{"op bits outputs x width, rows": [block_m, block_n, block_k, num_warps, in_flight]}``, one file for each GPU; the last
-number may be missing.
+A table is a JSON object of ``{"op numbers outputs x width, rows": [block_m, block_n, block_k, num_warps, in_flight]}``, one file for each GPU; the
+last number may be missing.
 """
 
 import contextlib
@@ -23,7 +23,9 @@ SHIPPED = Path(__file__).parent / "launches"
 
 
 class Launch(NamedTuple):
-    """Rows of x, outputs and columns of a tile, all powers of two, warps of a program, and how many tiles it requests before it needs the first.
+    """Rows of x, outputs and columns of a tile, warps of a program, and how many tiles it requests before it needs the first.
+
+    All but the outputs, and the last, are powers of two; the outputs of one or two rows of x are too.
 
     For 0 of these a rule chooses. Fewer take fewer registers, which leaves room for the programs of the next kernel. At least 2 outputs are chosen: 1
     failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.
@@ -37,16 +39,19 @@ class Launch(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What launch parameters depend on: operator, bytes of a number, outputs that programs share, width of a row, rows of x up to a power of two."""
+    """What launch parameters depend on: operator, numbers, outputs that programs share, width of a row, rows of x up to a power of two.
+
+    Numbers are "16 bit" or "32 bit", or "bfloat16" where :mod:`skinny` serves them.
+    """
 
     op: str
-    itemsize: int
+    numbers: str
     outputs: int
     width: int
     rows: int
 
     def __str__(self) -> str:
-        return f"{self.op} {8 * self.itemsize} bit {self.outputs} x {self.width}, {self.rows}"
+        return f"{self.op} {self.numbers} {self.outputs} x {self.width}, {self.rows}"
 
 
 def lookup(shape: Shape, device: torch.device) -> Launch | None:
@@ -109,8 +114,10 @@ def _read(path: Path) -> dict[str, Launch]:
 
 def _valid(*values: int) -> Launch:
     launch = Launch(*values)
-    if not all(type(value) is int and value > 0 and value & (value - 1) == 0 for value in launch[:4]):
-        raise ValueError(f"{launch[:4]} are not powers of two")
+    if not all(type(value) is int and value > 0 for value in launch[:4]):
+        raise ValueError(f"{launch[:4]} are not numbers above 0")
+    if not all(value & (value - 1) == 0 for value in (launch.block_m, launch.block_k, launch.num_warps)):
+        raise ValueError(f"of {launch[:4]} the first and the last two are not powers of two")
     if type(launch.in_flight) is not int or launch.in_flight < 0:
         raise ValueError(f"{launch.in_flight} is no number of tiles")
     return launch

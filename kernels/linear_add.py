@@ -16,11 +16,12 @@ from qtts_compile.kernels.gemv import (
     multiply_rows,
     request_weights,
 )
-from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.gemv_launch import launch_of, options_of
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.sizes import cdiv
+from qtts_compile.kernels.skinny.launch import is_skinny, launch_skinny, serves
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
@@ -86,7 +87,12 @@ def linear_add_triton(
     outputs = weight.shape[0]
     x, residual = as_matrix(x), as_matrix(residual)
     run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, launch)  # noqa: E731
-    options = launch_options("linear_add", x.shape[0], [weight], outputs, run, launch)
+    is_served = serves(x, None, [weight])
+    launch = launch or launch_of("linear_add", x.shape[0], [weight], outputs, run, is_served)
+    if is_served and is_skinny(launch):
+        launch_skinny(x, None, [weight], [bias], residual, [y], 0.0, launch)
+        return y
+    options = options_of(launch, [weight], outputs)
     _linear_add_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         x, weight, bias, residual, y, x.shape[0], outputs, x.stride(0), weight.stride(0), residual.stride(0),
         **options,

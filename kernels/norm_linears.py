@@ -19,12 +19,13 @@ from qtts_compile.kernels.gemv import (
     request_norm_weight,
     request_weights,
 )
-from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.gemv_launch import launch_of, options_of
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.sizes import cdiv
+from qtts_compile.kernels.skinny.launch import is_skinny, launch_skinny, serves
 
 MAX_WEIGHTS = 3
 
@@ -35,7 +36,7 @@ def norm_linears(
     """Return ``rms_norm(x, norm_weight, eps) @ weight.T + bias`` for each of one to three ``weights`` ``[N_i, K]`` and ``biases`` ``[N_i]``.
 
     ``x`` is ``[..., K]`` of at most 16 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. The norm is rounded as
-    ``rms_norm``'s or, for up to 4 rows, perhaps not at all; products are summed in float32 with the bias and rounded to the dtype, one for all
+    ``rms_norm``'s or less, at the most precise not at all; products are summed in float32 with the bias and rounded to the dtype, one for all
     arguments. The results ``[..., N_i]`` are contiguous. Weights and biases must be at rest: on a GPU of compute capability 9.0 or later
     they are read before earlier kernels of the stream have ended.
 
@@ -113,7 +114,12 @@ def norm_linears_triton(
     x = as_matrix(x)
     sizes = [weight.shape[0] for weight in weights]
     run = lambda weights, launch: norm_linears_triton(x, norm_weight, weights, biases, eps, launch)  # noqa: E731
-    options = launch_options("norm_linears", x.shape[0], weights, sum(sizes), run, launch)
+    is_served = serves(x, norm_weight, weights)
+    launch = launch or launch_of("norm_linears", x.shape[0], weights, sum(sizes), run, is_served)
+    if is_served and is_skinny(launch):
+        launch_skinny(x, norm_weight, weights, biases, None, ys, eps, launch)
+        return ys
+    options = options_of(launch, weights, sum(sizes))
     _norm_linears_kernel[(sum(cdiv(size, options["BLOCK_N"]) for size in sizes),)](
         x, norm_weight, tuple(weights), tuple(biases), tuple(ys), x.shape[0], tuple(sizes), x.stride(0),
         tuple(weight.stride(0) for weight in weights), eps, **options,

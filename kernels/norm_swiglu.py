@@ -17,12 +17,13 @@ from qtts_compile.kernels.gemv import (
     request_norm_weight,
     request_weights,
 )
-from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.gemv_launch import launch_of, options_of
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.sizes import cdiv
+from qtts_compile.kernels.skinny.launch import is_skinny, launch_skinny, serves
 from qtts_compile.kernels.swiglu import swiglu_reference
 
 
@@ -30,7 +31,7 @@ def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor | None, gate_weight: 
     """Return ``silu(n @ gate_weight.T) * (n @ up_weight.T)`` with ``n = rms_norm(x, norm_weight, eps)``.
 
     ``x`` is ``[..., K]`` of at most 16 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. Both weights are
-    ``[N, K]``. The norm is rounded as ``rms_norm``'s or, for up to 4 rows, perhaps not at all, the products are summed in float32 and
+    ``[N, K]``. The norm is rounded as ``rms_norm``'s or less, at the most precise not at all, the products are summed in float32 and
     rounded to the dtype, one for all arguments, and the rest is rounded as ``swiglu``'s. The result ``[..., N]`` is contiguous. Weights must be at
     rest, as for ``norm_linears``.
 
@@ -94,7 +95,12 @@ def norm_swiglu_triton(
     x = as_matrix(x)
     weights = [gate_weight, up_weight]
     run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, launch)  # noqa: E731
-    options = launch_options("norm_swiglu", x.shape[0], weights, outputs, run, launch)
+    is_served = serves(x, norm_weight, weights)
+    launch = launch or launch_of("norm_swiglu", x.shape[0], weights, outputs, run, is_served)
+    if is_served and is_skinny(launch):
+        launch_skinny(x, norm_weight, weights, [None] * 2, None, [y], eps, launch, is_swiglu=True)
+        return y
+    options = options_of(launch, weights, outputs)
     options["IS_ALIGNED"] = all(weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.itemsize % 16 == 0 for weight in weights)
     _norm_swiglu_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         x, norm_weight, gate_weight, up_weight, y, x.shape[0], outputs, x.stride(0), gate_weight.stride(0), up_weight.stride(0), eps, **options

@@ -13,7 +13,8 @@ from qtts_compile.kernels.gemv import MAX_ROWS
 from qtts_compile.patterns.graph import is_call_of, operands, shape, value
 
 aten = torch.ops.aten
-# Measured on an H200: gate and up, 6144 x 2048 each, take 17 us of cuBLAS's 22 at 8 rows and 26 at 16. With less to read the kernels win.
+# Measured on an H200: gate and up, 6144 x 2048 each, take 17 us of cuBLAS's 22 at 8 rows and 26 at 16. With less to read, and in bfloat16 (15 us),
+# the kernels win.
 MANY_ROWS, MANY_WEIGHTS = 9, 2 * 6144 * 2048
 
 
@@ -53,8 +54,9 @@ def few_rows(node: Any) -> Linear | None:
 
 def library_is_faster(linears: list[Linear]) -> str | None:
     """Return why linear layers of the same rows are better left to the library's matrix product, or None."""
-    rows, outputs = shape(linears[0].rows)[0], sum(shape(linear.weight)[0] for linear in linears)
-    if value(linears[0].node).device.type == "cuda" and rows >= MANY_ROWS and outputs * shape(linears[0].rows)[1] >= MANY_WEIGHTS:
+    x, outputs = value(linears[0].rows), sum(shape(linear.weight)[0] for linear in linears)
+    rows, width = x.shape
+    if x.device.type == "cuda" and x.dtype != torch.bfloat16 and rows >= MANY_ROWS and outputs * width >= MANY_WEIGHTS:
         return f"the library is faster at {rows} rows and {outputs} outputs (measured on an H200)"
     return None
 

@@ -9,7 +9,7 @@ import torch
 
 from bench import layers
 from bench.readme import MEASUREMENTS
-from qtts_compile.kernels.gemv_launch import launch_options
+from qtts_compile.kernels.gemv_launch import options_of
 from qtts_compile.kernels.launch_table import Launch
 
 
@@ -48,7 +48,7 @@ def test_launches_with_other_numbers_of_tiles_in_flight_are_tried(monkeypatch):
     assert {launch.in_flight for launch in launches if launch[:4] == (1, 2, 1024, 4)} == {0, 4}  # all 6 of the row by the rule
     assert all(launch.in_flight * launch.block_k <= case.width for launch in launches)
     weights = [torch.empty(2048, 6144, dtype=torch.bfloat16)]
-    compiled = [tuple(launch_options("linear_add", 1, weights, 2048, mock.Mock(), launch).items()) for launch in launches]
+    compiled = [tuple(options_of(launch, weights, 2048).items()) for launch in launches]
     assert len(set(compiled)) == len(compiled)
 
 

@@ -26,6 +26,7 @@ from qtts_compile.kernels.qk_norm_rope_kv_write import _qk_norm_rope_kv_write_ke
 from qtts_compile.kernels.qk_norm_rope_quantized_attention import _qk_norm_rope_quantized_attention_kernel
 from qtts_compile.kernels.sample import _sample_kernel
 from qtts_compile.kernels.sample_embedding import _sample_embedding_kernel
+from qtts_compile.kernels.skinny.kernel import skinny_kernel
 from qtts_compile.kernels.turboquant.read import _quantized_kv_read_kernel
 from qtts_compile.kernels.turboquant.write import _quantized_kv_write_kernel
 
@@ -194,6 +195,7 @@ def test_commands_are_shown_without_where_they_wrote():
         (_norm_swiglu_kernel.__name__, "gemv"),
         (_linear_add_kernel.__name__, "gemv"),
         (_embedding_linear_kernel.__name__, "gemv"),
+        (skinny_kernel.__name__, "gemv"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "gemv"),
         ("void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, float, 128>", "gemv"),
         ("void cublasLt::splitKreduce_kernel<32, 16>", "gemv"),

@@ -7,7 +7,7 @@ from qtts_compile.kernels.launch_search import can_search, search
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
 
-SHAPE = Shape("linear_add", 2, 64, 128, 1)
+SHAPE = Shape("linear_add", "16 bit", 64, 128, 1)
 LAUNCHES = [Launch(1, 2**i, 64, 1) for i in range(1, 5)]
 
 
@@ -119,7 +119,7 @@ def test_a_search_on_the_gpu_finds_a_launch_that_is_right_and_the_next_process_h
     x, weight, residual = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in ((1, 1056), (1056, 1056), (1, 1056)))
     y = linear_add_triton(x, weight, None, residual)
     torch.testing.assert_close(y, linear_add_reference(x, weight, None, residual), rtol=0.02, atol=0.5)
-    shape = Shape("linear_add", 2, 1056, 1056, 1)
+    shape = Shape("linear_add", "16 bit", 1056, 1056, 1)
     found = lookup(shape, x.device)
     assert found is not None
     launch_table._table.cache_clear()

@@ -19,6 +19,7 @@ import triton
 from bench.compiling import Target
 from qtts_compile.kernels import pdl
 from qtts_compile.kernels.clusters import device as clusters
+from qtts_compile.kernels.skinny import launch as skinny
 from tests.ptx.cluster import Cluster
 from tests.ptx.machine import Machine
 from tests.ptx.mbarrier import ClusterError
@@ -34,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile for Hopper, and run instead of launching."""
-    pdl.has_pdl = clusters.has_clusters = clusters.have_room = lambda *_: True
+    pdl.has_pdl = skinny.has_tensor_cores = clusters.has_clusters = clusters.have_room = lambda *_: True
     triton.runtime.driver.set_active(cast(Any, Target(HOPPER)))
     compile_or_launch = triton.JITFunction.run
 

@@ -1,0 +1,152 @@
+"""Products of up to 16 rows with weight matrices on the tensor cores: the weights go from global memory to the registers that multiply them.
+
+For ``norm_linears``, ``norm_swiglu`` and ``linear_add`` in bfloat16. A program goes over tiles of 16 rows of a weight, or of 8 of gate and of up,
+and requests the next ones while it multiplies. It loads x, and applies the norm's weight to it, once if its registers hold it. The norm's scale is
+applied to the sums, so that no product waits for it.
+"""
+
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false, reportPossiblyUnboundVariable=false
+# Gluon's types do not know its tensors' operators, its static loops and tuples.
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from qtts_compile.kernels.clusters.instructions import announce, load_floats, store_floats, store_shared_2, wait_for_cta, wait_for_inputs
+from qtts_compile.kernels.skinny.operands import as_words, lanes_layout, load_rows, multiply, numbers, request, requested_together, weigh
+
+
+@gluon.constexpr_function
+def _memory_layout():
+    return gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+
+@gluon.jit
+def _address_of_memory():
+    return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _add_up(address, WARPS: gl.constexpr, NEXT: gl.constexpr):
+    """Add up float32 at addresses, of each warp ``NEXT`` bytes behind the last one's."""
+    total = load_floats(address)
+    for warp in gl.static_range(1, WARPS):
+        total += load_floats(address + warp * NEXT)
+    return total
+
+
+@gluon.jit
+def _request_step(w_rows, STEP: gl.constexpr, STEPS: gl.constexpr, CHUNKS: gl.constexpr):
+    """Load a step's words of a tile, all of whose steps come before the next one's."""
+    return request(w_rows[STEP // STEPS], STEP % STEPS, CHUNKS)
+
+
+@gluon.jit
+def skinny_kernel(
+    X_ptr, Norm_ptr, W_ptrs, Bias_ptrs, Residual_ptr, Y_ptrs, M, sizes, x_stride, w_strides, residual_stride, eps,
+    K: gl.constexpr, WARPS: gl.constexpr, GROUPS: gl.constexpr, TILES: gl.constexpr, CHUNKS: gl.constexpr, IN_FLIGHT: gl.constexpr,
+    X_STEPS: gl.constexpr, IS_SWIGLU: gl.constexpr, HAS_PDL: gl.constexpr,
+):  # fmt: skip
+    announce(HAS_PDL)
+    TILE: gl.constexpr = 8 if IS_SWIGLU else 16  # outputs
+    STEPS: gl.constexpr = K // (32 * CHUNKS * WARPS)  # of a tile
+    ROUNDS: gl.constexpr = STEPS // X_STEPS  # of loading x
+    # A program serves one of the weights, of which each has as many programs as it has blocks of rows, or both of a SwiGLU.
+    block, place = gl.program_id(0), 0
+    W_ptr, Y_ptr, size, w_stride = W_ptrs[0], Y_ptrs[0], sizes[0], w_strides[0]
+    if not IS_SWIGLU:
+        for i in gl.static_range(1, len(W_ptrs)):
+            blocks = (sizes[i - 1] + 16 * TILES - 1) // (16 * TILES)
+            is_later = (place == i - 1) & (block >= blocks)
+            place, block = gl.where(is_later, i, place), gl.where(is_later, block - blocks, block)
+            W_ptr, Y_ptr = gl.where(is_later, W_ptrs[i], W_ptr), gl.where(is_later, Y_ptrs[i], Y_ptr)
+            size, w_stride = gl.where(is_later, sizes[i], size), gl.where(is_later, w_strides[i], w_stride)
+    layout: gl.constexpr = lanes_layout(WARPS)
+    warp, g, t, which = numbers(WARPS, layout, 0), numbers(8, layout, 1), numbers(4, layout, 2), numbers(2, layout, 3)
+    word = (warp * (K // WARPS // 2) + 4 * t).to(gl.int64)
+    w_rows = ()
+    for tile in gl.static_range(TILES):
+        if IS_SWIGLU:
+            row = gl.minimum((block * TILES + tile) * 8 + g, size - 1).to(gl.int64)
+            both = gl.where(which == 0, as_words(W_ptrs[0]) + row * (w_strides[0] // 2), as_words(W_ptrs[1]) + row * (w_strides[1] // 2))
+            w_rows = w_rows + (both + word,)
+        else:
+            row = gl.minimum((block * TILES + tile) * 16 + g + 8 * which, size - 1).to(gl.int64)
+            w_rows = w_rows + (as_words(W_ptr) + row * (w_stride // 2) + word,)
+    steps = ()
+    for step in gl.static_range(IN_FLIGHT):
+        steps = steps + (_request_step(w_rows, step, STEPS, CHUNKS),)
+    norms = ()
+    if Norm_ptr is not None:
+        norm_row = (as_words(Norm_ptr) + word + 0 * g + 0 * which,)
+        for round in gl.static_range(ROUNDS):
+            norms = norms + (load_rows(norm_row, round * X_STEPS * CHUNKS, X_STEPS * CHUNKS)[0],)
+    # A thread's outputs of a tile, in the order of the sums: rows of weights and, next to each other, of x
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    number = gl.arange(0, GROUPS * TILE * 8, layout=one)
+    in_group = number % (TILE * 8)
+    row, first = number // (TILE * 8) * 8 + number % 8, block * (TILES * TILE) + in_group // 8
+    biases, residuals = (), ()
+    for tile in gl.static_range(TILES):
+        bias = gl.zeros([GROUPS * TILE * 8], gl.float32, layout=one)
+        for each in gl.static_range(len(W_ptrs)):
+            if Bias_ptrs[each] is not None:
+                is_biased = (first + tile * TILE < size) & (place == each)
+                bias += gl.load(Bias_ptrs[each] + first + tile * TILE, mask=is_biased, other=0.0).to(gl.float32)
+        biases = biases + (bias,)
+    wait_for_inputs(HAS_PDL)
+    if Residual_ptr is not None:
+        for tile in gl.static_range(TILES):
+            output = first + tile * TILE
+            is_there = (output < size) & (row < M)
+            residuals = residuals + (gl.load(Residual_ptr + row.to(gl.int64) * residual_stride + output, mask=is_there, other=0.0),)
+    x_rows = ()
+    for j in gl.static_range(GROUPS):
+        x_rows = x_rows + (as_words(X_ptr) + gl.minimum(g + 8 * j, M - 1).to(gl.int64) * (x_stride // 2) + word + 0 * which,)
+
+    # Sums of two tiles have their place, so that warps may run ahead by one.
+    memory_layout: gl.constexpr = _memory_layout()
+    SUMS_BYTES: gl.constexpr = GROUPS * 2 * WARPS * 256
+    SQUARES: gl.constexpr = min(TILES, 2) * SUMS_BYTES
+    memory = gl.allocate_shared_memory(gl.float32, [SQUARES // 4 + GROUPS * WARPS * 8 + 4, 1], memory_layout)
+    unused = memory.index(SQUARES // 4 + GROUPS * WARPS * 8)
+    unused.store(gl.zeros([1], gl.float32, layout=one))  # so that Triton declares the memory
+    base = _address_of_memory()
+    scale = 1.0
+    for tile in gl.static_range(TILES):
+        sums, squares = (), ()
+        for _ in gl.static_range(GROUPS):
+            zeros = gl.zeros([WARPS, 8, 4, 2], gl.float32, layout=layout)
+            sums, squares = sums + (zeros, zeros, zeros, zeros), squares + (zeros,)
+        for round in gl.static_range(ROUNDS):
+            if tile == 0 or ROUNDS > 1:
+                x = requested_together(load_rows(x_rows, round * X_STEPS * CHUNKS, X_STEPS * CHUNKS))
+                if Norm_ptr is not None:
+                    x, squares = weigh(x, norms[round], squares)
+            for i in gl.static_range(X_STEPS):
+                sums = multiply(sums, steps[(tile * ROUNDS + round) * X_STEPS + i], x, i * CHUNKS)
+                if (tile * ROUNDS + round) * X_STEPS + i + IN_FLIGHT < TILES * STEPS:
+                    steps = steps + (_request_step(w_rows, (tile * ROUNDS + round) * X_STEPS + i + IN_FLIGHT, STEPS, CHUNKS),)
+        # The sums of all warps, and their squares of x, are added up.
+        of_tile = base + tile % 2 * SUMS_BYTES
+        for i in gl.static_range(GROUPS * 2):  # of eight rows of x the rows g, then the rows g + 8
+            both = sums[i // 2 * 4 + i % 2] + sums[i // 2 * 4 + 2 + i % 2]
+            store_shared_2(of_tile + (i * WARPS + warp) * 256 + g * 32 + t * 8 + which * 4, both)
+        if tile == 0 and Norm_ptr is not None:
+            for j in gl.static_range(GROUPS):
+                of_row = gl.sum(gl.sum(squares[j], axis=3, keep_dims=True), axis=2, keep_dims=True)
+                store_floats(base + SQUARES + (j * WARPS + warp) * 32 + g * 4, of_row)
+        wait_for_cta()
+        if tile == 0 and Norm_ptr is not None:
+            scale = gl.rsqrt(_add_up(base + SQUARES + row // 8 * WARPS * 32 + row % 8 * 4, WARPS, 32) / K + eps)
+        address = of_tile + number // (TILE * 8) * WARPS * 512 + in_group % 64 * 4
+        if not IS_SWIGLU:
+            address += in_group // 64 * WARPS * 256
+        y = (_add_up(address, WARPS, 256) * scale + biases[tile]).to(gl.bfloat16)
+        if IS_SWIGLU:
+            gate, up = y.to(gl.float32), _add_up(address + WARPS * 256, WARPS, 256) * scale
+            y = ((gate / (1.0 + gl.exp(-gate))).to(gl.bfloat16).to(gl.float32) * up.to(gl.bfloat16).to(gl.float32)).to(gl.bfloat16)
+        if Residual_ptr is not None:
+            y = (residuals[tile].to(gl.float32) + y.to(gl.float32)).to(gl.bfloat16)
+        gl.store(Y_ptr + row.to(gl.int64) * size + first + tile * TILE, y, mask=(first + tile * TILE < size) & (row < M))
+    memory._keep_alive()

@@ -1,0 +1,123 @@
+"""Linear layers as they are launched on the tensor cores: that kernel on a GPU or on PTX (-p tests.ptx.plugin), and gemv's without either."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numerics import assert_accurate, poisoned_memory, random_tensor, rotations, seeds
+
+from qtts_compile.kernels.launch_table import Launch
+from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
+from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
+from qtts_compile.kernels.norm_swiglu import norm_swiglu_reference, norm_swiglu_triton
+from qtts_compile.kernels.skinny import launch as skinny
+from qtts_compile.kernels.skinny.launch import candidates, choose_launch, is_skinny, serves
+
+EPS = 1e-6
+rows, row_sizes = st.integers(1, 16), st.integers(1, 40)
+
+
+@st.composite
+def launches(draw, width: int, matrices: int = 1) -> Launch:
+    """Draw launch parameters for 16 rows of x of a width, and up to three tiles."""
+    num_warps = draw(st.sampled_from([4, 8]))
+    whole = width // (32 * num_warps)
+    chunks = draw(st.sampled_from([chunks for chunks in (1, 2, 4) if whole % chunks == 0]))
+    return Launch(16, draw(st.integers(1, 3)) * 16 // matrices, 32 * num_warps * chunks, num_warps, draw(st.integers(0, 9)))
+
+
+def placed(x, launch):
+    """Return a launch for as few rows as x has or, without tensor cores, None."""
+    if not serves(x, None, []):
+        assert not skinny.has_tensor_cores(x.device)
+        return None
+    return launch if len(x) > 8 else launch._replace(block_m=8)
+
+
+@given(rows, st.sampled_from([512, 1536]), st.lists(row_sizes, min_size=1, max_size=3), st.booleans(), st.booleans(), seeds, st.data())
+def test_norm_and_linears_are_as_accurate_as_eager(device, count, width, sizes, has_norm, has_bias, seed, data):
+    x = random_tensor(seed, (count, width + 8), torch.bfloat16, device)[:, 8:]
+    norm_weight = random_tensor(seed + 1, (width,), torch.bfloat16, device) if has_norm else None
+    weights = [random_tensor(seed + 2 + i, (size, width), torch.bfloat16, device) * width**-0.5 for i, size in enumerate(sizes)]
+    biases = [random_tensor(seed + 5 + i, (size,), torch.bfloat16, device) if has_bias and i != 1 else None for i, size in enumerate(sizes)]
+    with poisoned_memory():
+        ys = norm_linears_triton(x, norm_weight, weights, biases, EPS, placed(x, data.draw(launches(width))))
+    wide = x.double()
+    if norm_weight is not None:
+        wide = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * norm_weight.double()
+    for y, weight, bias in zip(ys, weights, biases, strict=True):
+        more, bias = rotations(weight), None if bias is None else bias.repeat(-(-64 // len(weight)))
+        oracle = wide @ more.double().T + (0 if bias is None else bias.double())
+        assert_accurate(y, oracle, norm_linears_reference(x, norm_weight, [more], [bias], EPS)[0], leading=True)
+
+
+@given(rows, st.sampled_from([512, 1536]), row_sizes, st.booleans(), seeds, st.data())
+def test_norm_and_swiglu_are_as_accurate_as_eager(device, count, width, size, has_norm, seed, data):
+    x = random_tensor(seed, (count, width), torch.bfloat16, device) * 30
+    norm_weight = random_tensor(seed + 1, (width,), torch.bfloat16, device) if has_norm else None
+    gate, up = (random_tensor(seed + 2 + i, (size, width), torch.bfloat16, device) * width**-0.5 for i in range(2))
+    with poisoned_memory():
+        y = norm_swiglu_triton(x, norm_weight, gate, up, EPS, placed(x, data.draw(launches(width, 2))))
+    wide = x.double()
+    if norm_weight is not None:
+        wide = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * norm_weight.double()
+    gate, up = rotations(gate), rotations(up)
+    oracle = wide @ gate.double().T
+    oracle = oracle * oracle.sigmoid() * (wide @ up.double().T)
+    assert_accurate(y, oracle, norm_swiglu_reference(x, norm_weight, gate, up, EPS), leading=True)
+
+
+@given(rows, st.sampled_from([512, 1536]), row_sizes, st.booleans(), st.sampled_from(["contiguous", "sliced"]), seeds, st.data())
+def test_linear_and_addition_are_as_accurate_as_eager(device, count, width, size, has_bias, layout, seed, data):
+    x = random_tensor(seed, (count, width), torch.bfloat16, device)
+    weight = random_tensor(seed + 1, (size, width), torch.bfloat16, device) * width**-0.5
+    bias = random_tensor(seed + 2, (size,), torch.bfloat16, device) if has_bias else None
+    residual = random_tensor(seed + 3, (count, size), torch.bfloat16, device, layout)
+    with poisoned_memory():
+        y = linear_add_triton(x, weight, bias, residual, placed(x, data.draw(launches(width))))
+    more, turns = rotations(weight), -(-64 // size)
+    bias, residual = None if bias is None else bias.repeat(turns), residual.repeat(1, turns)
+    oracle = residual.double() + x.double() @ more.double().T + (0 if bias is None else bias.double())
+    assert_accurate(y, oracle, linear_add_reference(x, more, bias, residual), leading=True)
+
+
+@pytest.mark.parametrize("change", ["dtype", "width", "rows", "x", "weight", "stride", "norm"])
+def test_what_it_does_not_serve_is_told(monkeypatch, change):
+    monkeypatch.setattr(skinny, "has_tensor_cores", lambda device: True)
+    new = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)  # noqa: E731
+    x, norm_weight, weight = new(16, 512), new(512), new(40, 512)
+    assert serves(x, norm_weight, [weight])
+    flat = new(16 * 520)
+    if change == "dtype":
+        x = x.half()
+    elif change == "width":
+        x, weight = new(8, 256), new(40, 256)
+    elif change == "rows":
+        x = new(17, 512)
+    elif change == "x":
+        x = flat[1 : 1 + 8 * 512].view(8, 512)
+    elif change == "weight":
+        weight = flat[4 : 4 + 8 * 512].view(8, 512)
+    elif change == "stride":
+        weight = flat[: 8 * 516].view(8, 516)[:, :512]
+    elif change == "norm":
+        norm_weight = flat[2:514]
+    assert not serves(x, norm_weight, [weight])
+
+
+@pytest.mark.parametrize("launch", [Launch(8, 16, 256, 8), Launch(16, 24, 256, 8), Launch(16, 16, 384, 4), Launch(16, 16, 256, 16)])
+def test_a_launch_that_does_not_fit_is_refused(launch):
+    x, weight = torch.zeros(9, 512, dtype=torch.bfloat16), torch.zeros(40, 512, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"Launch\(.*\) does not fit 9 rows of 512 columns; delete the table"):
+        skinny.launch_skinny(x, None, [weight], [None], None, [x.new_empty(9, 40)], 0.0, launch)
+
+
+@given(rows, st.integers(1, 20000), st.sampled_from([512, 1024, 1536, 2048, 3072, 6144]), st.sampled_from([1, 2]))
+def test_a_search_tries_what_fits(count, outputs, width, matrices):
+    launches = candidates(count, outputs, width, matrices)
+    assert launches[0] == choose_launch(count, outputs, width, matrices) and len(set(launches)) == len(launches) <= 24
+    for launch in launches:
+        assert launch.block_m >= count and is_skinny(launch) and launch.block_n * matrices in range(16, 97, 16)
+        steps, uneven = divmod(width, launch.block_k)
+        assert uneven == 0 and launch.block_k % (32 * launch.num_warps) == 0
+        assert 0 < launch.in_flight <= steps * launch.block_n * matrices // 16
