@@ -10,15 +10,6 @@ By each warp on its own (dense_tiles.py) it has fewer instructions and barriers,
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import (
-    as_words,
-    load_floats,
-    load_shared_2,
-    load_shared_4,
-    load_shared_byte,
-    store_floats,
-    wait_for_cta,
-)
 from qtts_compile.kernels.clusters.join import inverse_of, send_stats
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
@@ -37,7 +28,9 @@ from qtts_compile.kernels.clusters.memory import (
     linear_layout,
 )
 from qtts_compile.kernels.clusters.softmax import origin_of
-from qtts_compile.kernels.clusters.words import high, low, pack
+from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.shared_memory import load_floats, load_shared_2, load_shared_4, load_shared_byte, store_floats, wait_for_cta
+from qtts_compile.kernels.ptx.words import high, low, pack
 
 
 @gluon.constexpr_function

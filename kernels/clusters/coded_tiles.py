@@ -7,19 +7,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import (
-    as_words,
-    load_global_2,
-    load_global_4,
-    load_global_byte,
-    load_global_half,
-    store_shared,
-)
 from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW, tiles_of_step
 from qtts_compile.kernels.clusters.rotation import rotate
 from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, nothing, of_own_head
 from qtts_compile.kernels.clusters.tiles import each, load_queries, multiply_tile, places, sum_of_groups
-from qtts_compile.kernels.clusters.words import add_product, levels_of_codes, low_float16, pack, transpose_pairs
+from qtts_compile.kernels.ptx.global_memory import as_words, load_global_2, load_global_4, load_global_byte, load_global_half
+from qtts_compile.kernels.ptx.shared_memory import store_shared
+from qtts_compile.kernels.ptx.words import add_product, levels_of_codes, low_float16, pack, transpose_pairs
 from qtts_compile.kernels.turboquant.kept import find_kept
 
 _find_kept = gluon.jit(find_kept.fn)

@@ -8,7 +8,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.heads import roles_layout
-from qtts_compile.kernels.clusters.instructions import load_floats_2, load_floats_4, store_floats, store_shared_2_each, wait_for_cta
 from qtts_compile.kernels.clusters.join import send_columns, send_found, send_stats
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
@@ -27,6 +26,7 @@ from qtts_compile.kernels.clusters.memory import (
 from qtts_compile.kernels.clusters.rotation import unrotate_half, with_other_half
 from qtts_compile.kernels.clusters.softmax import origin_of
 from qtts_compile.kernels.clusters.tiles import places
+from qtts_compile.kernels.ptx.shared_memory import load_floats_2, load_floats_4, store_floats, store_shared_2_each, wait_for_cta
 
 
 @gluon.jit

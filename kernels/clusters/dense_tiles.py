@@ -7,17 +7,12 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import (
-    as_words,
-    load_global_4,
-    load_global_byte,
-    load_shared_2_each,
-    load_shared_4_each,
-)
 from qtts_compile.kernels.clusters.memory import HEAD, K_TILE, KEYS, LOG2_E, N_WARPS, Q_HEADS, ROW, V_TILE
 from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, nothing, of_own_head
 from qtts_compile.kernels.clusters.tiles import load_queries, multiply_tile, places
-from qtts_compile.kernels.clusters.words import add_product, transpose_pairs
+from qtts_compile.kernels.ptx.global_memory import as_words, load_global_4, load_global_byte
+from qtts_compile.kernels.ptx.shared_memory import load_shared_2_each, load_shared_4_each
+from qtts_compile.kernels.ptx.words import add_product, transpose_pairs
 
 
 @gluon.jit

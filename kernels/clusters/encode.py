@@ -7,10 +7,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import store_global_byte, store_global_float16
 from qtts_compile.kernels.clusters.memory import CODE_ROW, HEAD
 from qtts_compile.kernels.clusters.rotation import rotate
-from qtts_compile.kernels.clusters.words import high, low
+from qtts_compile.kernels.ptx.global_memory import store_global_byte, store_global_float16
+from qtts_compile.kernels.ptx.words import high, low
 from qtts_compile.kernels.turboquant import encode
 
 _finite_magnitude, _scale_of = gluon.jit(encode.finite_magnitude.fn), gluon.jit(encode.scale_of.fn)

@@ -7,9 +7,11 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import as_words, load_shared, load_shared_half, request_bytes, store_global, store_shared
+from qtts_compile.kernels.clusters.instructions import request_bytes
 from qtts_compile.kernels.clusters.memory import ARRIVED, COS, HEAD, HEAD_WEIGHTS, K_TILE, KEYS, Q_HEADS, ROW, ROWS, SIN, V_TILE, linear_layout
-from qtts_compile.kernels.clusters.words import high, low, pack
+from qtts_compile.kernels.ptx.global_memory import as_words, store_global
+from qtts_compile.kernels.ptx.shared_memory import load_shared, load_shared_half, store_shared
+from qtts_compile.kernels.ptx.words import high, low, pack
 from qtts_compile.kernels.rotary import select_axis
 
 _select_axis = gluon.jit(select_axis.fn)

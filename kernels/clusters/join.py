@@ -7,11 +7,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import as_words, load_floats_2, load_floats_4, wait_for_bytes
+from qtts_compile.kernels.clusters.instructions import wait_for_bytes
 from qtts_compile.kernels.clusters.memory import ARRIVED, GROUP, HEAD, N_CTAS, PARTIALS, STATS, linear_layout
 from qtts_compile.kernels.clusters.softmax import origin_of
 from qtts_compile.kernels.clusters.tiles import places
-from qtts_compile.kernels.clusters.words import pack
+from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.shared_memory import load_floats_2, load_floats_4
+from qtts_compile.kernels.ptx.words import pack
 
 
 def _send_pair(condition: str) -> str:

@@ -7,9 +7,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import as_words
 from qtts_compile.kernels.clusters.memory import ARRIVED, FLAGS, KEYS, N_CTAS, N_WARPS, linear_layout
 from qtts_compile.kernels.clusters.tiles import places
+from qtts_compile.kernels.ptx.global_memory import as_words
 
 
 @gluon.jit

@@ -17,16 +17,12 @@ from qtts_compile.kernels.clusters.dense_tiles import attend_to_shared_tile, att
 from qtts_compile.kernels.clusters.heads import request_angles, request_head_weights, rotate_heads, store_heads, write_heads
 from qtts_compile.kernels.clusters.instructions import (
     allocate,
-    announce,
     arrive_at_cluster,
-    as_words,
     cluster_rank,
     expect_bytes,
     prepare_barriers,
     wait_for_bytes,
     wait_for_cluster,
-    wait_for_cta,
-    wait_for_inputs,
 )
 from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.live import any_behind, deal, load_behind, row_of, send_flags
@@ -34,6 +30,9 @@ from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_FLAGS, BYTES_
 from qtts_compile.kernels.clusters.prefetch import prefetch_share
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 from qtts_compile.kernels.clusters.tiles import places
+from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.shared_memory import wait_for_cta
+from qtts_compile.kernels.ptx.start import announce, wait_for_inputs
 
 
 @gluon.jit

@@ -10,8 +10,8 @@ own, until the CTAs of this one leave.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import prefetch_bytes
 from qtts_compile.kernels.clusters.memory import N_CTAS
+from qtts_compile.kernels.ptx.global_memory import prefetch_bytes
 
 
 @gluon.jit

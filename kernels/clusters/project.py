@@ -7,9 +7,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import as_words, load_shared_4, store_of_thread, store_shared_2
 from qtts_compile.kernels.clusters.memory import GROUP, HEAD, N_WARPS, TILES_IN_FLIGHT, everywhere, linear_layout
-from qtts_compile.kernels.clusters.words import high, low
+from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.shared_memory import load_shared_4, store_of_thread, store_shared_2
+from qtts_compile.kernels.ptx.words import high, low
 
 
 @gluon.constexpr_function

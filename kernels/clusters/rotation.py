@@ -7,10 +7,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import load_shared, store_shared
 from qtts_compile.kernels.clusters.live import threads_layout
 from qtts_compile.kernels.clusters.memory import HEAD, N_WARPS, SIGNS
-from qtts_compile.kernels.clusters.words import high, low
+from qtts_compile.kernels.ptx.shared_memory import load_shared, store_shared
+from qtts_compile.kernels.ptx.words import high, low
 from qtts_compile.kernels.turboquant.rotation import is_minus
 
 _is_minus = gluon.jit(is_minus.fn)

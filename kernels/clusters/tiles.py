@@ -10,9 +10,9 @@ In the matrices of ``mma.m16n8k16`` a lane has the group g = lane / 4 and the pl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.instructions import load_shared_2
 from qtts_compile.kernels.clusters.memory import GROUP, ROW, linear_layout
-from qtts_compile.kernels.clusters.words import add_product
+from qtts_compile.kernels.ptx.shared_memory import load_shared_2
+from qtts_compile.kernels.ptx.words import add_product
 
 
 def _over_groups(op: str) -> str:

@@ -12,7 +12,7 @@ from them: in which order columns are added up is of no matter. Warps share the 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.words import add_product, high, low, pack
+from qtts_compile.kernels.ptx.words import add_product, high, low, pack
 
 
 @gluon.constexpr_function
@@ -130,8 +130,3 @@ def multiply(sums, words, xs, FIRST_CHUNK: gl.constexpr):
             first, second = add_product(first, second, words[chunk][2 * (i % 2)], words[chunk][2 * (i % 2) + 1], x)
         new = new + (first, second)
     return new
-
-
-@gluon.jit
-def as_words(pointer):
-    return pointer.to(gl.pointer_type(gl.int32))
