@@ -1,5 +1,10 @@
 """Linear layers as they are launched on the tensor cores: that kernel on a GPU or on PTX (-p tests.ptx.plugin), and gemv's without either."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -110,6 +115,24 @@ def test_a_launch_that_does_not_fit_is_refused(launch):
     x, weight = torch.zeros(9, 512, dtype=torch.bfloat16), torch.zeros(40, 512, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"Launch\(.*\) does not fit 9 rows of 512 columns; delete the table"):
         skinny.launch_skinny(x, None, [weight], [None], None, [x.new_empty(9, 40)], 0.0, launch)
+
+
+COMPILE = """
+from bench.linears import CASES, compile_launch, tried_launches
+for case in CASES:
+    for rows in (2, 16):
+        if case.name in ("talker gate/up", "predictor o"):
+            assert compile_launch(({capability}, case, rows, tried_launches(case, rows)[0])), (case, rows)
+"""
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)], ids=str)
+def test_it_compiles_for_other_gpus_than_hopper(capability, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    script, root = COMPILE.format(capability=capability), Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(list(tmp_path.rglob("skinny_kernel.cubin"))) == 4
 
 
 @given(rows, st.integers(1, 20000), st.sampled_from([512, 1024, 1536, 2048, 3072, 6144]), st.sampled_from([1, 2]))
