@@ -138,7 +138,8 @@ def test_it_compiles_for_other_gpus_than_hopper(capability, tmp_path):
 @given(rows, st.integers(1, 20000), st.sampled_from([512, 1024, 1536, 2048, 3072, 6144]), st.sampled_from([1, 2]))
 def test_a_search_tries_what_fits(count, outputs, width, matrices):
     launches = candidates(count, outputs, width, matrices)
-    assert launches[0] == choose_launch(count, outputs, width, matrices) and len(set(launches)) == len(launches) <= 24
+    # 3 numbers of warps at most, 4 of tiles, and 3 of bytes in flight
+    assert launches[0] == choose_launch(count, outputs, width, matrices) and len(set(launches)) == len(launches) <= 36
     for launch in launches:
         assert launch.block_m >= count and is_skinny(launch) and launch.block_n * matrices in range(16, 97, 16)
         steps, uneven = divmod(width, launch.block_k)
