@@ -8,6 +8,7 @@ import triton
 from bench.linears import CASES, shape_of
 from qtts_compile.kernels import launch_table
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, Shape, file_name, keep, lookup, remember
+from qtts_compile.kernels.skinny.launch import is_skinny
 
 GPU = torch.device("cuda:0")
 SHAPE, FOUND = Shape("norm_linears", "16 bit", 4096, 2048, 1), Launch(1, 4, 1024, 4)
@@ -78,6 +79,8 @@ def test_what_is_found_here_comes_before_what_is_shipped(machine):
         '{"a": 1}',
         '{"a": [1, 2]}',
         '{"a": [3, 5, 7, 4]}',
+        '{"norm_linears 16 bit 64 x 512, 8": [8, 48, 256, 4]}',
+        '{"norm_linears bfloat16 64 x 512, 1": [1, 48, 256, 4]}',
         '{"a": [1, 2, 4, 1.0]}',
         '{"a": [1, 2, 4, 1, -1]}',
         '{"a": [1, 2, 4, 1, 1.5]}',
@@ -98,6 +101,12 @@ def test_a_folder_that_cannot_be_written_is_said_and_the_process_goes_on(machine
     assert "set QTTS_COMPILE_CACHE" in caplog.text
 
 
+def test_tensor_cores_serve_any_number_of_outputs(machine):
+    shape = Shape("norm_linears", "bfloat16", 4096, 2048, 8)
+    ship(machine, json.dumps({str(shape): [8, 48, 1024, 8, 2]}))
+    assert lookup(shape, GPU) == Launch(8, 48, 1024, 8, 2)
+
+
 def test_a_cpu_has_no_table(machine):
     assert lookup(SHAPE, torch.device("cpu")) is None
 
@@ -110,7 +119,11 @@ def test_shipped_tables_are_of_the_published_shapes():
         for name, launch in table.items():
             ((op, numbers, outputs, width, rows),) = re.findall(r"^(\w+) (16 bit|bfloat16) (\d+) x (\d+), (\d+)$", name)
             assert str(Shape(op, numbers, int(outputs), int(width), int(rows))) == name
-            assert launch_table._valid(*launch).block_m >= int(rows)
+            measured = Launch(*launch)
+            if numbers == "bfloat16" and is_skinny(measured):
+                assert int(width) % measured.block_k == 0 == measured.block_k % (32 * measured.num_warps)
+                launch = measured._replace(block_n=1)
+            assert all(value & (value - 1) == 0 for value in launch[:4]) and measured.block_m >= int(rows)
         published = [shape_of(case, 1) for case in CASES]
         everywhere = {shape._replace(numbers="16 bit", rows=rows) for shape in published for rows in (1, 2, 4, 8, 16)}
         # On an H100 the tensor cores' launches were not measured.
