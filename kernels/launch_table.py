@@ -27,8 +27,8 @@ class Launch(NamedTuple):
 
     All but the last are powers of two, but for the outputs of a launch of :mod:`skinny`.
 
-    For 0 of these a rule chooses. Fewer take fewer registers, which leaves room for the programs of the next kernel. At least 2 outputs are chosen: 1
-    failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.
+    Where ``in_flight`` is 0 a rule chooses it. Fewer tiles take fewer registers, which leaves room for the programs of the next kernel. At least 2
+    outputs are chosen: 1 failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.
     """
 
     block_m: int

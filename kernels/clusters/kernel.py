@@ -43,8 +43,8 @@ from qtts_compile.kernels.clusters.memory import (
 from qtts_compile.kernels.clusters.prefetch import prefetch_share
 from qtts_compile.kernels.clusters.project import multiply, request_rows, send_rows, share_x, words_of_x
 from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.ptx.shared_memory import wait_for_cta
-from qtts_compile.kernels.ptx.start import announce, wait_for_inputs
 
 
 @gluon.jit

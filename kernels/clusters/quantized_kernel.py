@@ -47,8 +47,8 @@ from qtts_compile.kernels.clusters.project import multiply, request_rows, send_r
 from qtts_compile.kernels.clusters.rotation import store_signs
 from qtts_compile.kernels.clusters.tiles import places
 from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.ptx.shared_memory import wait_for_cta
-from qtts_compile.kernels.ptx.start import announce, wait_for_inputs
 
 
 @gluon.jit

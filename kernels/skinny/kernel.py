@@ -13,8 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.ptx.shared_memory import load_floats, store_floats, store_shared_2, wait_for_cta
-from qtts_compile.kernels.ptx.start import announce, wait_for_inputs
 from qtts_compile.kernels.skinny.operands import lanes_layout, load_rows, multiply, numbers, request, requested_together, weigh
 
 
