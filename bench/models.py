@@ -22,7 +22,7 @@ from qtts_compile.turboquant_cache import Protect
 Size = Literal["0.6b", "1.7b", "tiny"]
 SPEAKER, LANGUAGE = "vivian", "english"
 
-TINY_PROTECT = Protect(first_layers=1, last_layers=1, sinks=2, window=8)  # by default its four layers and short prompts would have no codes
+TINY_PROTECT = Protect(first_layers=1, last_layers=1, sinks=2, window=8)  # by default its short prompts would have no codes
 
 _ATTENTION = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
 _PREDICTOR = _ATTENTION | {

@@ -26,7 +26,7 @@ class Protect(NamedTuple):
     """
 
     first_layers: int = 2
-    last_layers: int = 2
+    last_layers: int = 0
     sinks: int = 4
     window: int = 64
 

@@ -143,7 +143,7 @@ def test_a_frame_reads_packed_bytes():
     nowhere = torch.zeros(1, dtype=torch.long, device="meta")
     cache = TurboQuantKVCache(model.config, 1, 8192, torch.bfloat16, nowhere.device, "int4", Protect(), nowhere)
     of_predictor = 5 * 4096 * sum(range(2, 17))
-    assert cache_bytes(model, 7999, 8, cache) == 8 * (28 * 68 * 4096 + 7932 * (4 * 4096 + 24 * 1056) + of_predictor)
+    assert cache_bytes(model, 7999, 8, cache) == 8 * (28 * 68 * 4096 + 7932 * (2 * 4096 + 26 * 1056) + of_predictor)
     assert cache_bytes(model, 50, 1, cache) == cache_bytes(model, 50)  # all of it in the window
 
 

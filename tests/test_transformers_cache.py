@@ -266,7 +266,7 @@ def test_a_head_without_a_whole_number_of_coordinates_is_refused(talker, head_di
 
 def test_a_cache_that_quantises_nothing_is_warned_of(talker):
     with pytest.warns(UserWarning, match="kv_cache='int4' quantises nothing.*all 3 layers") as caught:
-        TurboQuantCache(talker.config, 1, 128)
+        TurboQuantCache(talker.config, 1, 128, protect=Protect(first_layers=3))
     assert caught[0].filename == __file__
 
 

@@ -85,7 +85,7 @@ def _add_speaking_options(parser: Command) -> None:
     parser.add_argument(
         "--protect",
         metavar="NAME=N,...",
-        help="what a quantised cache holds as it is (default: first_layers=2,last_layers=2,sinks=4,window=64)",
+        help="what a quantised cache holds as it is (default: first_layers=2,last_layers=0,sinks=4,window=64)",
     )
     parser.add_argument("--no-compile", action="store_true", help="run the model as it is")
     _add_model_options(parser)
