@@ -7,13 +7,15 @@ import torch
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.clusters.coded_heads_kernel import coded_heads_attention_kernel
 from qtts_compile.kernels.clusters.heads_kernel import heads_attention_kernel
-from qtts_compile.kernels.clusters.memory import BYTES_OF_TILE, END_OF_COLUMNS, GROUP, HEAD, KEYS, TILES_OF_WARP
+from qtts_compile.kernels.clusters.memory import BYTES_OF_TILE, END_OF_COLUMNS, GROUP, HEAD, KEYS
 from qtts_compile.kernels.norm_qkv import MAX_SLOTS, are_aligned, are_codes_served, launch
 from qtts_compile.kernels.rotary import Angles
 from qtts_compile.kernels.sizes import cdiv
 
 MAX_TEXTS = 32
 RESIDENT = 264  # CTAs at once: two for each multiprocessor of an H100 or H200
+# Whether a warp that has several tiles requests the next before it attends to one: that takes more registers, so that fewer CTAs are resident.
+IS_AHEAD, IS_AHEAD_OF_CODES = False, True
 MAX_PARTS_OF_CODES = 8
 LOOKED_AT = 16 * 32 * clusters.WARPS  # bytes of a mask by a CTA at once
 
@@ -79,14 +81,18 @@ def launch_heads(
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out, q_eps, k_eps, scale, pairs, key_heads, slots,
         *(x.stride()[:2] for x in (q, k, v, k_cache, v_cache)), _stride_of(mask), (angles.stride_axis, angles.stride_batch),
     )  # fmt: skip
-    # A kernel is told whether a warp may have several tiles, and not how many: it is compiled for no more cases.
-    constants = dict(PARTS=parts, TILES=min(cdiv(tiles, parts), clusters.WARPS + 1), SHARED_BYTES=END_OF_COLUMNS.value)
+    constants = dict(PARTS=parts, TILES=_most_tiles(tiles, parts), IS_AHEAD=IS_AHEAD, SHARED_BYTES=END_OF_COLUMNS.value)
     return _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)
 
 
 def _launch(kernel: Any, pairs: int, device: torch.device, arguments: tuple[Any, ...], angles: Angles, slots: int, constants: dict[str, Any]) -> bool:
     n_clusters = cdiv(pairs * constants["PARTS"], clusters.CTAS)
     return launch(kernel, n_clusters, device, arguments, LOOKS=cdiv(slots, LOOKED_AT), **constants, **angles.constants)
+
+
+def _most_tiles(tiles: int, parts: int) -> int:
+    """Return what a kernel is told of a CTA's tiles: whether a warp may have several, and not how many, as it is compiled for each case."""
+    return clusters.WARPS + (cdiv(tiles, parts) > clusters.WARPS)
 
 
 def _stride_of(mask: torch.Tensor | None) -> int:
@@ -120,7 +126,7 @@ def launch_coded_heads(
         _stride_of(mask), (angles.stride_axis, angles.stride_batch),
     )  # fmt: skip
     constants = dict(
-        PARTS=parts, TILES=min(cdiv(tiles, parts), TILES_OF_WARP.value * clusters.WARPS + 1), KEPT_TILES=kept_tiles, SINKS=sinks,
+        PARTS=parts, TILES=_most_tiles(tiles, parts), KEPT_TILES=kept_tiles, IS_AHEAD=IS_AHEAD_OF_CODES, SINKS=sinks,
         WINDOW=kept.shape[3] - sinks, SHARED_BYTES=END_OF_COLUMNS.value + (kept_tiles - 1) * BYTES_OF_TILE.value,
     )  # fmt: skip
     return _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)

@@ -12,7 +12,7 @@ codes while the first joins what all found.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.coded_tiles import attend_to_codes, load_coded_tiles, store_rotated
+from qtts_compile.kernels.clusters.coded_tiles import attend_to_codes, attend_to_one_round, load_coded_tiles, store_rotated
 from qtts_compile.kernels.clusters.columns import send_all, send_nothing, store_all, store_found_in_shared_tile, store_found_in_tiles
 from qtts_compile.kernels.clusters.encode import write_codes
 from qtts_compile.kernels.clusters.heads import load_heads, request_angles, request_head_weights, rotate_words, write_heads
@@ -27,7 +27,7 @@ from qtts_compile.kernels.clusters.instructions import (
 from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.kept_tiles import are_kept_live, attend_to_kept, place_in_kept, request_kept
 from qtts_compile.kernels.clusters.live import deal, end_of_codes, row_of
-from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_PARTIAL, CODE_ROW, GROUP, HEAD, KEYS, ROW, tiles_of_step
+from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_PARTIAL, CODE_ROW, GROUP, HEAD, KEYS, N_WARPS, ROW
 from qtts_compile.kernels.clusters.rotation import store_signs
 from qtts_compile.kernels.clusters.texts import any_seen, look_behind, place_of, store_looks
 from qtts_compile.kernels.clusters.tiles import places
@@ -40,15 +40,14 @@ def coded_heads_attention_kernel(
     Q_ptr, K_ptr, V_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr,
     Position_ptr, Start_ptr, Mask_ptr, Out_ptr, q_eps, k_eps, scale, pairs, H_k, S, start_stride,
     q_strides, k_strides, v_strides, k_codes_strides, v_codes_strides, scales_strides, kept_strides, mask_stride, angle_strides,
-    PARTS: gl.constexpr, TILES: gl.constexpr, KEPT_TILES: gl.constexpr, LOOKS: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
-    HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, KEPT_TILES: gl.constexpr, IS_AHEAD: gl.constexpr, LOOKS: gl.constexpr,
+    SINKS: gl.constexpr, WINDOW: gl.constexpr, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
     memory, base = allocate(SHARED_BYTES)
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     HAS_MASK: gl.constexpr = Mask_ptr is not None
-    STEP: gl.constexpr = tiles_of_step(TILES)
     prepare_barriers(base + ARRIVED)
     part, pair, first, exists = place_of(pairs, PARTS)
     first_kept = (PARTS - 1 - part) * (KEPT_TILES * KEYS)  # the first CTAs have codes, the last have kept tokens, and some both
@@ -86,7 +85,7 @@ def coded_heads_attention_kernel(
         Mask_ptr += text * mask_stride
         n_tiles = (end_of_codes(row, start, SINKS, WINDOW) + KEYS - 1) // KEYS
     first_slot, own_tiles = deal(gl.where(exists, n_tiles, 0), part, PARTS)
-    codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+    codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, N_WARPS)
     kept_live = are_kept_live(Mask_ptr, first_kept, row, start, SINKS, WINDOW, KEPT_TILES)
     if HAS_MASK:
         looks = look_behind(Mask_ptr, row, S, LOOKS)
@@ -102,11 +101,16 @@ def coded_heads_attention_kernel(
     if HAS_MASK:
         if any_seen(base):
             first_slot, own_tiles = deal(gl.where(exists, S // KEYS, 0), part, PARTS)
-            codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+            codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, N_WARPS)
     if PARTS > 1:
         wait_for_cluster()
     if exists & ((own_tiles > 0) | (own_kept > 0)):
-        found_in_codes = attend_to_codes(base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
+        if TILES > N_WARPS:
+            found_in_codes = attend_to_codes(
+                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, N_WARPS, IS_AHEAD
+            )  # fmt: skip
+        else:
+            found_in_codes = attend_to_one_round(base, codes, scale)
         store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
         if own_kept > 0:
             store_found_in_shared_tile(base, attend_to_kept(base, kept_live, scale))

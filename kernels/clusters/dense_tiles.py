@@ -37,15 +37,24 @@ def load_tile(Keys_ptr, Values_ptr, Mask_ptr, tile, own_tiles, first_slot, row):
 
 
 @gluon.jit
-def attend_to_tiles(base, tile, Keys_ptr, Values_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES: gl.constexpr):
-    """Return what each warp finds in a CTA's tiles, of which ``tile`` is its first."""
+def attend_to_tiles(
+    base, tile, Keys_ptr, Values_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES: gl.constexpr, IS_AHEAD: gl.constexpr = True
+):
+    """Return what each warp finds in a CTA's tiles, of which ``tile`` is its first.
+
+    A tile is requested before the one before it is attended to, or, if not ``IS_AHEAD``, after that: in half the registers, so that other CTAs have
+    room beside this one.
+    """
     queries, found = load_queries(base + Q_HEADS, 16, 64), nothing(8)
     for first in range(0, own_tiles, N_WARPS):
         keys, is_live, v_first, v_second = tile
-        if TILES > N_WARPS:
+        if TILES > N_WARPS and IS_AHEAD:
             if first + N_WARPS < own_tiles:
                 tile = load_tile(Keys_ptr, Values_ptr, Mask_ptr, first + N_WARPS, own_tiles, first_slot, row)
         found = _attend(found, queries, keys, is_live, v_first, v_second, scale)
+        if TILES > N_WARPS and not IS_AHEAD:
+            if first + N_WARPS < own_tiles:
+                tile = load_tile(Keys_ptr, Values_ptr, Mask_ptr, first + N_WARPS, own_tiles, first_slot, row)
     return found
 
 

@@ -128,7 +128,9 @@ def norm_qkv_quantized_attention_kernel(
             store_rotated(base, a, b)
         wait_for_cta()
         if own_tiles > 0:
-            found_in_codes = attend_to_codes(base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
+            found_in_codes = attend_to_codes(
+                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, STEP
+            )  # fmt: skip
             if TILES > STEP:
                 prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > STEP)
             store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)

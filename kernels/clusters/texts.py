@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from qtts_compile.kernels.clusters.instructions import cluster_rank
 from qtts_compile.kernels.clusters.live import threads_layout
 from qtts_compile.kernels.clusters.memory import BEHIND, KEYS, N_CTAS, N_WARPS
-from qtts_compile.kernels.ptx.global_memory import as_words, load_global_4
+from qtts_compile.kernels.ptx.global_memory import load_global_4
 
 
 @gluon.jit
@@ -27,7 +27,7 @@ def place_of(pairs, PARTS: gl.constexpr):
 
 @gluon.jit
 def look_behind(Mask_ptr, row, S, LOOKS: gl.constexpr):
-    """Load those words of a text's mask that tell of slots behind the tiles before the new token: each thread looks at 16 bytes so many times.
+    """Load what a text's mask tells of slots behind the new token, as words: each thread looks at 16 bytes so many times.
 
     A CTA looks on its own: those of a cluster attend to several texts.
     """
@@ -35,9 +35,13 @@ def look_behind(Mask_ptr, row, S, LOOKS: gl.constexpr):
     thread = gl.arange(0, 32 * N_WARPS, layout=layout)
     looks = ()
     for i in gl.static_range(LOOKS):
-        tile = thread + i * 32 * N_WARPS
-        words = load_global_4(as_words(Mask_ptr) + tile * (KEYS // 4), ((tile * KEYS >= row) & (tile < S // KEYS)).to(gl.int32))
-        looks = looks + ((gl.where(tile * KEYS == row, words[0] & -256, words[0]) | words[1]) | (words[2] | words[3]),)
+        slot = (thread + i * 32 * N_WARPS) * KEYS
+        words = load_global_4(Mask_ptr + slot, ((slot + KEYS - 1 > row) & (slot < S)).to(gl.int32))
+        any = thread * 0
+        for j in gl.static_range(4):
+            n_before = row + 1 - (slot + 4 * j)  # bytes of the word that tell of other slots
+            any = any | gl.where(n_before < 4, words[j] >> (8 * gl.minimum(gl.maximum(n_before, 0), 3)), 0)
+        looks = looks + (any,)
     return looks
 
 

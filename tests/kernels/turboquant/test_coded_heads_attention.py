@@ -48,8 +48,8 @@ def test_several_heads(device, variant):
     with_parts(2, check, arguments_of(3, 80, 70, "bool", variant=VARIANTS[variant], device=device, key_heads=2))
 
 
-@pytest.mark.parametrize(("window", "parts"), [(64, 1), (64, 4), (64, 8), (236, 2), (236, 8), (16, 8)])
-@pytest.mark.parametrize("position", [3, 150, 271])
+@pytest.mark.parametrize(("window", "parts"), [(64, 1), (64, 4), (236, 2), (16, 8)])
+@pytest.mark.parametrize("position", [3, 271])
 def test_kept_tokens_of_several_tiles(device, window, parts, position):
     with_parts(parts, check, arguments_of(2, 272, position, device=device, window=window))
 
@@ -71,7 +71,7 @@ def test_any_place(device, place, texts, parts, sinks, window, kind, seed):
     with_parts(parts, check, arguments_of(texts, slots, position, kind, seed, device=device, sinks=sinks, window=window))
 
 
-@pytest.mark.parametrize(("position", "start"), [(23, 0), (24, 0), (40, 17), (41, 17), (42, 17), (30, 17), (16, 17)])
+@pytest.mark.parametrize(("position", "start"), [(24, 0), (40, 17), (41, 17), (42, 17), (16, 17)])
 def test_sinks_may_lie_just_before_the_window(device, position, start):
     """Codes count only where a token is neither: from the first of these positions to the next there is one more of them, but no sooner."""
     with_parts(2, check, arguments_of(2, 96, position, device=device, starts=(start, 0)))
