@@ -27,8 +27,8 @@ test-hf5: .venv-hf5/.installed
 
 # Not those that trip an assert of compiled code on purpose, nor of programs of several warps, which multiply by wgmma, nor of kernels that stand in
 # for others, nor of what a driver is asked.
-ATTENTION = test_decode_attention.py test_qk_norm_rope_attention.py test_norm_qkv_attention.py \
-	turboquant/test_qk_norm_rope_quantized_attention.py turboquant/test_norm_qkv_quantized_attention.py
+ATTENTION = test_decode_attention.py test_qk_norm_rope_attention.py test_heads_attention.py test_norm_qkv_attention.py \
+	turboquant/test_qk_norm_rope_quantized_attention.py turboquant/test_coded_heads_attention.py turboquant/test_norm_qkv_quantized_attention.py
 test-ptx: .venv/.installed
 	.venv/bin/python -m pytest -p tests.ptx.plugin --numprocesses $(JOBS) $(ATTENTION:%=tests/kernels/%) -k "not out_of_range and not launch3 and not stand_in and not room" $(PYTEST_ARGS)
 

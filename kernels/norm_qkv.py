@@ -12,10 +12,13 @@ from qtts_compile.kernels.clusters.memory import GROUP, HEAD, KEYS
 from qtts_compile.kernels.norm_linears import check_norm_linears
 from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.rotary import Angles
+from qtts_compile.kernels.turboquant.format import Format
 
 MAX_SLOTS = 8192  # of a cache: the threads of a cluster look at four bytes of its mask each
 WIDTHS = (512, 1024, 2048)  # of x: with more the kernels run out of registers
 PREFETCHED = 4 * 2**20  # bytes, of two weights together: about what memory brings while attention leaves it idle
+BITS = 4  # of a coordinate, of keys and of values, in a quantised cache
+MAX_KEPT = KEYS.value * clusters.CTAS  # tokens that it keeps as they are: a tile for each CTA
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, each [1, H, 1, D]
 
 
@@ -75,6 +78,18 @@ def are_served(
     return are_aligned(x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, *([] if mask is None else [mask]))
 
 
+def are_codes_served(k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, sinks: int, format: str) -> bool:
+    """Tell whether kernels of clusters take a quantised cache, as far as its format and one text's rows go."""
+    parsed, n_kept = Format.parse(format), kept.shape[3]
+    if not (parsed.k_bits == parsed.v_bits == BITS) or not sinks <= KEYS.value <= n_kept - sinks or n_kept > MAX_KEPT:
+        return False
+    row = parsed.key_bytes(HEAD.value)
+    are_rows_served = all(codes.stride()[2:] == (row, 1) and codes.stride(1) % 16 == 0 for codes in (k_codes, v_codes))
+    are_kept_served = scales.stride(3) == 1 and kept.stride()[3:] == (HEAD.value, 1)
+    are_heads_served = all(tensor.stride(axis) % 8 == 0 for tensor in (scales, kept) for axis in (0, 2))
+    return are_rows_served and are_kept_served and are_heads_served and are_aligned(k_codes, v_codes, scales, kept)
+
+
 def are_aligned(*tensors: torch.Tensor) -> bool:
     """Tell whether tensors begin where bulk copies can."""
     return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
@@ -101,10 +116,10 @@ def prefetch_arguments(prefetch: Sequence[torch.Tensor] | None, x: torch.Tensor,
     return first, second, bytes // (key_heads * clusters.CTAS) // 16 * 16
 
 
-def launch(kernel: Any, key_heads: int, device: torch.device, arguments: Sequence[Any], **constants: Any) -> bool:
-    """Launch a kernel of clusters, one for each key head, or tell that the GPU has no room for one."""
+def launch(kernel: Any, n_clusters: int, device: torch.device, arguments: Sequence[Any], **constants: Any) -> bool:
+    """Launch a kernel of so many clusters, or tell that the GPU has no room for one."""
     options = dict(**constants, **pdl_options(device), num_warps=clusters.WARPS, num_ctas=clusters.CTAS, debug=True, sanitize_overflow=False)
-    run = partial(kernel.run, *arguments, grid=(key_heads,), **options)
+    run = partial(kernel.run, *arguments, grid=(n_clusters,), **options)
     if not clusters.have_room(device, partial(run, warmup=True)):
         return False
     run(warmup=False)

@@ -10,14 +10,14 @@ import torch
 
 from qtts_compile.kernels.checks import check_rank
 from qtts_compile.kernels.clusters import device as clusters
-from qtts_compile.kernels.clusters.memory import END_OF_COLUMNS, HEAD, KEYS, shared_bytes
+from qtts_compile.kernels.clusters.memory import END_OF_COLUMNS, KEYS, shared_bytes
 from qtts_compile.kernels.clusters.quantized_kernel import norm_qkv_quantized_attention_kernel
 from qtts_compile.kernels.gemv import as_matrix
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
 from qtts_compile.kernels.norm_qkv import (
     allocate,
-    are_aligned,
+    are_codes_served,
     are_served,
     as_heads,
     check_prefetch,
@@ -33,10 +33,6 @@ from qtts_compile.kernels.qk_norm_rope_quantized_attention import (
 )
 from qtts_compile.kernels.rotary import Angles, as_angles
 from qtts_compile.kernels.sizes import cdiv
-from qtts_compile.kernels.turboquant.format import Format
-
-BITS = 4  # of a coordinate, of keys and of values
-SLOTS_OF_TILES = KEYS.value * clusters.CTAS  # of one tile for each CTA, and the most tokens that are kept as they are
 
 
 def norm_qkv_quantized_attention(
@@ -126,15 +122,8 @@ def _is_served(
     mask: torch.Tensor | None,
 ) -> bool:  # fmt: skip
     """Tell whether the kernel of clusters can be launched."""
-    parsed, (n_kept, width) = Format.parse(format), kept.shape[3:]
-    if not (parsed.k_bits == parsed.v_bits == BITS) or not sinks <= KEYS.value <= n_kept - sinks or n_kept > SLOTS_OF_TILES:
-        return False
-    row = parsed.key_bytes(HEAD.value)
-    are_codes_served = all(codes.stride()[2:] == (row, 1) and codes.stride(1) % 16 == 0 for codes in (k_codes, v_codes))
-    are_rows_served = scales.stride(3) == 1 and kept.stride()[3:] == (HEAD.value, 1)
-    are_heads_served = all(tensor.stride(axis) % 8 == 0 for tensor in (scales, kept) for axis in (0, 2))
-    is_cache_served = are_codes_served and are_rows_served and are_heads_served and are_aligned(k_codes, v_codes, scales, kept)
-    return is_cache_served and are_served(x, norm_weight, weights, q_weight, k_weight, angles, mask, k_codes.shape[2], width)
+    is_cache_served = are_codes_served(k_codes, v_codes, scales, kept, sinks, format)
+    return is_cache_served and are_served(x, norm_weight, weights, q_weight, k_weight, angles, mask, k_codes.shape[2], kept.shape[4])
 
 
 def norm_qkv_quantized_attention_triton(
@@ -151,7 +140,7 @@ def norm_qkv_quantized_attention_triton(
     if _is_served(x, norm_weight, weights, q_weight, k_weight, angles, k_codes, v_codes, scales, kept, sinks, format, mask):
         out = allocate(x, weights, kept.shape[4])
         width, slots = x.shape[-1], k_codes.shape[2]
-        tiles = cdiv(slots, SLOTS_OF_TILES)
+        tiles = cdiv(slots, KEYS.value * clusters.CTAS)
         shared = shared_bytes(width, END_OF_COLUMNS.value)
         arguments = (
             x, norm_weight, *weights, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start, mask, out,

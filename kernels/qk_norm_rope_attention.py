@@ -27,6 +27,7 @@ from qtts_compile.kernels.flash_decoding import (
     store_rows,
 )
 from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, mask_strides, plan_launch
+from qtts_compile.kernels.heads_attention import launch_heads, serves
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_rotate import load_angles, load_head, load_weight, norm_rotate
@@ -214,6 +215,9 @@ def qk_norm_rope_attention_triton(
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     mask = expand_mask(mask, q, k_cache.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
+    if n_splits is block_n is num_warps is block_m is None and serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask):
+        if launch_heads(q, k, v, q_weight, k_weight, q_eps, k_eps, angles, k_cache, v_cache, position, mask, scale, out):
+            return out
     grid, options = plan_launch(q, k_cache, mask, n_splits, block_n, num_warps, block_m)
     partials = Partials.empty(out, grid[1])
     _qk_norm_rope_attention_kernel[grid](

@@ -119,7 +119,7 @@ def send(base, rank, row_max, row_sum, even, odd):
     """Send what :func:`attend` returned to the first CTA."""
     head, _, head_of_columns, word = _places_of_pairs()
     _send_columns(even, odd, base + PARTIALS + rank * (4 * GROUP * HEAD) + head_of_columns * (4 * HEAD) + word * 8, base + ARRIVED + 8)
-    send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+    send_stats(row_max, row_sum, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8, 0)
 
 
 @gluon.jit

@@ -7,9 +7,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW, tiles_of_step
+from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW
 from qtts_compile.kernels.clusters.rotation import rotate
-from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, nothing, of_own_head
+from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, meet_first, nothing, of_own_head
 from qtts_compile.kernels.clusters.tiles import each, load_queries, multiply_tile, places, sum_of_groups
 from qtts_compile.kernels.ptx.global_memory import as_words, load_global_2, load_global_4, load_global_byte, load_global_half
 from qtts_compile.kernels.ptx.shared_memory import store_shared
@@ -67,26 +67,39 @@ def _load_tile(pointers, Mask_ptr, tile, own_tiles, first_slot, row, start, SINK
 
 @gluon.jit
 def attend_to_codes(
-    base, tiles, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr
-):
-    """Return what each warp finds in a CTA's tiles, of which ``tiles`` are the first step; columns are those of rotated values."""
-    STEP: gl.constexpr = tiles_of_step(TILES)
+    base, tiles, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr,
+    STEP: gl.constexpr, IS_AHEAD: gl.constexpr = True,
+):  # fmt: skip
+    """Return what each warp finds in a CTA's tiles, of which ``tiles`` are the first step; columns are those of rotated values.
+
+    For ``IS_AHEAD`` see :func:`dense_tiles.attend_to_tiles`.
+    """
     queries, found = load_queries(base + Q_ROTATED, 64, 16), nothing(8)
     for first in range(0, own_tiles, STEP):
         step = tiles
-        if TILES > STEP:
+        if TILES > STEP and IS_AHEAD:
             if first + STEP < own_tiles:
                 tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
         for i in gl.static_range(STEP // N_WARPS):
             if first + i * N_WARPS < own_tiles:
                 found = _attend(found, queries, step[i], scale)
+        if TILES > STEP and not IS_AHEAD:
+            if first + STEP < own_tiles:
+                tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
     peaks, sums, even, odd = found
     return peaks, sum_of_groups(sums), even, odd
 
 
 @gluon.jit
+def attend_to_one_round(base, tiles, scale):
+    """Return what each warp finds in its only tile, which may not be there."""
+    peaks, sums, even, odd = _attend((), load_queries(base + Q_ROTATED, 64, 16), tiles[0], scale)
+    return peaks, sum_of_groups(sums), even, odd
+
+
+@gluon.jit
 def _attend(found, queries, tile, scale):
-    """Return what was found with a tile."""
+    """Return what was found with a tile; ``found`` may be () for nothing."""
     keys, k_scales, is_live, v_scales, v_first, v_second = tile
     levels = ()
     for i in gl.static_range(4):
@@ -94,7 +107,10 @@ def _attend(found, queries, tile, scale):
     first, second = multiply_tile(levels, queries)
     unit_first, unit_second = each(low_float16(k_scales) * (scale * LOG2_E))
     first, second = masked(first * unit_first, second * unit_second, is_live)
-    found, first, second = meet(found, first, second)
+    if len(found) == 0:
+        found, first, second = meet_first(first, second, 8)
+    else:
+        found, first, second = meet(found, first, second)
     peaks, sums, old_even, old_odd = found
     scale_first, scale_second = each(low_float16(v_scales))
     weights_first, weights_second = exchange(_scaled(first, scale_first), _scaled(second, scale_second))

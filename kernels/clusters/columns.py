@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.heads import roles_layout
-from qtts_compile.kernels.clusters.join import send_columns, send_found, send_stats
+from qtts_compile.kernels.clusters.join import inverse_of, send_columns, send_found, send_stats
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
     COLUMNS,
@@ -26,7 +26,9 @@ from qtts_compile.kernels.clusters.memory import (
 from qtts_compile.kernels.clusters.rotation import unrotate_half, with_other_half
 from qtts_compile.kernels.clusters.softmax import origin_of
 from qtts_compile.kernels.clusters.tiles import places
+from qtts_compile.kernels.ptx.global_memory import as_words, store_global
 from qtts_compile.kernels.ptx.shared_memory import load_floats_2, load_floats_4, store_floats, store_shared_2_each, wait_for_cta
+from qtts_compile.kernels.ptx.words import pack
 
 
 @gluon.jit
@@ -48,7 +50,7 @@ def _offset_of(column):
 
 
 @gluon.jit
-def _store_found_in_shared_tile(base, found):
+def store_found_in_shared_tile(base, found):
     """Store what the warps found in the tile in shared memory."""
     peaks, sums, even, odd = found
     warp, g, _, head = places()
@@ -62,7 +64,7 @@ def _store_found_in_shared_tile(base, found):
 def keep_or_send(base, rank, found, has_more):
     """Store what the warps found in the tile in shared memory for :func:`send_all`, or send it if the CTA has found no more than that."""
     if has_more:
-        _store_found_in_shared_tile(base, found)
+        store_found_in_shared_tile(base, found)
     else:
         send_found(base, rank, found)
 
@@ -82,24 +84,43 @@ def _place_of_columns(head, half, lane):
 
 
 @gluon.jit
-def _send(base, rank, head, place, even, odd, peak, total):
-    send_columns(even, odd, base + PARTIALS + rank * (4 * GROUP * HEAD) + place, base + ARRIVED + 8)
-    send_stats(peak, total, base + STATS + rank * 8 + head * 128, base + ARRIVED + 8)
+def _send(base, part, target, head, place, even, odd, peak, total):
+    send_columns(even, odd, base + PARTIALS + part * (4 * GROUP * HEAD) + place, base + ARRIVED + 8, target)
+    send_stats(peak, total, base + STATS + part * 8 + head * 128, base + ARRIVED + 8, target)
 
 
 @gluon.jit
-def send_nothing(base, rank):
-    """Send to the first CTA that nothing counts, so that a CTA need not attend in order to leave."""
+def send_nothing(base, part, target):
+    """Send to the CTA that joins that nothing counts, so that a CTA need not attend in order to leave."""
     head, half, lane = _roles()
     layout: gl.constexpr = roles_layout()
     zeros = gl.zeros([4, 32], gl.float32, layout=layout)
-    _send(base, rank, head, _place_of_columns(head, half, lane), zeros, zeros, head * 0.0 - float("inf"), head * 0.0)
+    _send(base, part, target, head, _place_of_columns(head, half, lane), zeros, zeros, head * 0.0 - float("inf"), head * 0.0)
 
 
 @gluon.jit
-def send_all(base, rank, has_kept, IS_ROTATED: gl.constexpr):
-    """Send what the warps stored to the first CTA: of tiles, rotated back if it is of rotated values, and of the shared one if ``has_kept``."""
+def send_all(base, part, target, has_kept, IS_ROTATED: gl.constexpr):
+    """Send what the warps stored, as what one of the CTAs of a pair found, to the one that joins, which has the rank ``target``."""
     wait_for_cta()
+    head, half, lane = _roles()
+    even, odd, peak, total = _join_warps(base, has_kept, IS_ROTATED)
+    _send(base, part, target, head, _place_of_columns(head, half, lane), even, odd, peak, total)
+
+
+@gluon.jit
+def store_all(base, Out_ptr, pair, IS_ROTATED: gl.constexpr):
+    """Store what the warps stored of tiles and of the shared one as the result of a pair of a text and a key head, whose only CTA this is."""
+    wait_for_cta()
+    head, half, lane = _roles()
+    even, odd, _, total = _join_warps(base, True, IS_ROTATED)
+    inverse = inverse_of(total)[:, None]
+    ptrs = as_words(Out_ptr) + pair * HEAD + (head * (HEAD // 2) + half * (HEAD // 4))[:, None] + lane[None, :]
+    store_global(ptrs, pack(even * inverse, odd * inverse), (lane >= 0).to(gl.int32)[None, :])
+
+
+@gluon.jit
+def _join_warps(base, has_kept, IS_ROTATED: gl.constexpr):
+    """Return what the warps stored: of tiles, rotated back if it is of rotated values, and of the shared one if ``has_kept``."""
     layout: gl.constexpr = roles_layout()
     head, half, lane = _roles()
     peaks, sums = load_floats_4(base + PEAKS + head * (4 * N_WARPS)), load_floats_4(base + SUMS + head * (4 * N_WARPS))
@@ -125,8 +146,7 @@ def send_all(base, rank, has_kept, IS_ROTATED: gl.constexpr):
         even, odd = even + new_even * factor[:, None], odd + new_odd * factor[:, None]
     if IS_ROTATED:
         even, odd = unrotate_half(base, even, odd, half)
-    place = _place_of_columns(head, half, lane)
     if has_kept:
-        kept_even, kept_odd = load_floats_2(base + KEPT_COLUMNS + place)
+        kept_even, kept_odd = load_floats_2(base + KEPT_COLUMNS + _place_of_columns(head, half, lane))
         even, odd = even + kept_even * kept_factor[:, None], odd + kept_odd * kept_factor[:, None]
-    _send(base, rank, head, place, even, odd, peak, total)
+    return even, odd, peak, total

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.memory import HEAD, K_TILE, KEYS, LOG2_E, N_WARPS, Q_HEADS, ROW, V_TILE
-from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, nothing, of_own_head
+from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, meet_first, nothing, of_own_head
 from qtts_compile.kernels.clusters.tiles import load_queries, multiply_tile, places
 from qtts_compile.kernels.ptx.global_memory import as_words, load_global_4, load_global_byte
 from qtts_compile.kernels.ptx.shared_memory import load_shared_2_each, load_shared_4_each
@@ -37,22 +37,43 @@ def load_tile(Keys_ptr, Values_ptr, Mask_ptr, tile, own_tiles, first_slot, row):
 
 
 @gluon.jit
-def attend_to_tiles(base, tile, Keys_ptr, Values_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES: gl.constexpr):
-    """Return what each warp finds in a CTA's tiles, of which ``tile`` is its first."""
+def attend_to_tiles(
+    base, tile, Keys_ptr, Values_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES: gl.constexpr, IS_AHEAD: gl.constexpr = True
+):
+    """Return what each warp finds in a CTA's tiles, of which ``tile`` is its first.
+
+    A tile is requested before the one before it is attended to, or, if not ``IS_AHEAD``, after that: in half the registers, so that other CTAs have
+    room beside this one.
+    """
     queries, found = load_queries(base + Q_HEADS, 16, 64), nothing(8)
     for first in range(0, own_tiles, N_WARPS):
         keys, is_live, v_first, v_second = tile
-        if TILES > N_WARPS:
+        if TILES > N_WARPS and IS_AHEAD:
             if first + N_WARPS < own_tiles:
                 tile = load_tile(Keys_ptr, Values_ptr, Mask_ptr, first + N_WARPS, own_tiles, first_slot, row)
         found = _attend(found, queries, keys, is_live, v_first, v_second, scale)
+        if TILES > N_WARPS and not IS_AHEAD:
+            if first + N_WARPS < own_tiles:
+                tile = load_tile(Keys_ptr, Values_ptr, Mask_ptr, first + N_WARPS, own_tiles, first_slot, row)
     return found
+
+
+@gluon.jit
+def attend_to_one_round(base, tile, scale):
+    """Return what each warp finds in its only tile, which may not be there."""
+    keys, is_live, v_first, v_second = tile
+    return _attend((), load_queries(base + Q_HEADS, 16, 64), keys, is_live, v_first, v_second, scale)
 
 
 @gluon.jit
 def attend_to_shared_tile(base, is_live, scale):
     """Return what each warp finds in the tile in shared memory; of the columns it has two words g of its quarter."""
-    queries = load_queries(base + Q_HEADS, 16, 64)
+    return meet_shared_tile(nothing(2), load_queries(base + Q_HEADS, 16, 64), base, is_live, scale)
+
+
+@gluon.jit
+def meet_shared_tile(found, queries, base, is_live, scale):
+    """Return what was found with a tile in shared memory; ``base`` is where that would begin if the tile were its first."""
     warp, g, t, which = places()
     # Keys with odd g read the other of two blocks at a time, as lanes of two keys would meet in the same banks.
     address, is_odd, loaded = base + K_TILE + (g + 8 * which) * ROW + t * 16, g % 2, ()
@@ -63,7 +84,7 @@ def attend_to_shared_tile(base, is_live, scale):
         keys = keys + (_either(is_odd, loaded[i ^ 1], loaded[i]),)
     address = base + V_TILE + (2 * t + which) * ROW + warp * (ROW // N_WARPS) + g * 8
     first, second = load_shared_2_each(address), load_shared_2_each(address + 8 * ROW)
-    return _attend(nothing(2), queries, keys, is_live, first, second, scale)
+    return _attend(found, queries, keys, is_live, first, second, scale)
 
 
 @gluon.jit
@@ -76,10 +97,13 @@ def _either(condition, first, second):
 
 @gluon.jit
 def _attend(found, queries, keys, is_live, v_first, v_second, scale):
-    """Return what was found with a tile."""
+    """Return what was found with a tile; ``found`` may be () for nothing."""
     first, second = multiply_tile(keys, queries)
     first, second = masked(first * (scale * LOG2_E), second * (scale * LOG2_E), is_live)
-    found, first, second = meet(found, first, second)
+    if len(found) == 0:
+        found, first, second = meet_first(first, second, len(v_first))
+    else:
+        found, first, second = meet(found, first, second)
     peaks, sums, old_even, old_odd = found
     weights_first, weights_second = exchange(first, second)
     weights = of_own_head(weights_first, weights_second)

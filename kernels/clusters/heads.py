@@ -70,12 +70,32 @@ def _load_angles(address, frequency, offset, like, IS_INTERLEAVED: gl.constexpr)
 
 @gluon.jit
 def rotate_heads(base, q_eps, k_eps, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr):
-    """Return the words of both halves of two queries and a key, normalised and rotated, and of the value as it is."""
+    """Return what :func:`rotate_words` does of the products in shared memory."""
     layout: gl.constexpr = roles_layout()
     role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))  # of a warp: two query heads, the key, the value
     word = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
     address = base + (role * ROW)[:, None] + (word * 4)[None, :]
     a, b = load_shared(address + ROWS), load_shared(address + ROWS + HEAD)
+    return rotate_words(base, a, b, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
+
+
+@gluon.jit
+def load_heads(Q_ptr, K_ptr, V_ptr, q_stride_h):
+    """Load the words of both halves of two queries, a key and a value, from where the first of each begins."""
+    layout: gl.constexpr = roles_layout()
+    role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
+    head_ptrs = gl.where(role < 2, as_words(Q_ptr + role * q_stride_h), gl.where(role == 2, as_words(K_ptr), as_words(V_ptr)))
+    ptrs = head_ptrs[:, None] + word[None, :]
+    return gl.load(ptrs), gl.load(ptrs + HEAD // 4)
+
+
+@gluon.jit
+def rotate_words(base, a, b, q_eps, k_eps, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr):
+    """Return the words of both halves of two queries and a key, normalised and rotated, and of the value as it is."""
+    layout: gl.constexpr = roles_layout()
+    role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
+    word = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
     weight_address = base + HEAD_WEIGHTS + gl.where(role < 2, 0, ROW)[:, None] + (word * 4)[None, :]
     weight_a, weight_b = load_shared(weight_address), load_shared(weight_address + HEAD)
     even_offset = _axis_offset(2 * word, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)

@@ -11,19 +11,19 @@ from qtts_compile.kernels.clusters.instructions import wait_for_bytes
 from qtts_compile.kernels.clusters.memory import ARRIVED, GROUP, HEAD, N_CTAS, PARTIALS, STATS, linear_layout
 from qtts_compile.kernels.clusters.softmax import origin_of
 from qtts_compile.kernels.clusters.tiles import places
-from qtts_compile.kernels.ptx.global_memory import as_words
+from qtts_compile.kernels.ptx.global_memory import as_words, store_global
 from qtts_compile.kernels.ptx.shared_memory import load_floats_2, load_floats_4
 from qtts_compile.kernels.ptx.words import pack
 
 
 def _send_pair(condition: str) -> str:
-    """Return PTX by which those threads send two float32 to the first CTA that meet a condition on t, the thread."""
+    """Return PTX by which those threads send two float32 to a CTA that meet a condition on t, the thread."""
     return f"""{{
         .reg .pred p; .reg .u32 t, to, bar;
         mov.u32 t, %tid.x;
         {condition}
-        mapa.shared::cluster.u32 to, $3, 0;
-        mapa.shared::cluster.u32 bar, $4, 0;
+        mapa.shared::cluster.u32 to, $3, $5;
+        mapa.shared::cluster.u32 bar, $4, $5;
         @p st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {{$1, $2}}, [bar];
         mov.u32 $0, 0;
         }}"""
@@ -34,15 +34,15 @@ FROM_FIRST_LANES = gl.constexpr(_send_pair("setp.lt.u32 p, t, 64; and.b32 t, t, 
 
 
 @gluon.jit
-def send_columns(first, second, addresses, barrier):
-    """Send two columns that follow each other to the first CTA: every lane does."""
-    gl.inline_asm_elementwise(FROM_ALL, "=r,f,f,r,r", [first, second, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1)
+def send_columns(first, second, addresses, barrier, target):
+    """Send two columns that follow each other to the CTA of the rank ``target``: every lane does."""
+    gl.inline_asm_elementwise(FROM_ALL, "=r,f,f,r,r,r", [first, second, addresses, barrier, target], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def send_stats(peak, total, addresses, barrier):
-    """Send maximum and sum to the first CTA: the first two warps have a head each, and lane 0 sends."""
-    gl.inline_asm_elementwise(FROM_FIRST_LANES, "=r,f,f,r,r", [peak, total, addresses, barrier], dtype=gl.int32, is_pure=False, pack=1)
+def send_stats(peak, total, addresses, barrier, target):
+    """Send maximum and sum to the CTA of the rank ``target``: the first two warps have a head each, and lane 0 sends."""
+    gl.inline_asm_elementwise(FROM_FIRST_LANES, "=r,f,f,r,r,r", [peak, total, addresses, barrier, target], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.constexpr_function
@@ -76,7 +76,8 @@ def store_joined(base, Out_ptr, k_head, N_PARTS: gl.constexpr):
         even += columns[part][0] * factor[:, None]
         odd += columns[part][1] * factor[:, None]
     inverse = inverse_of(total)[:, None]
-    gl.store(as_words(Out_ptr) + k_head * HEAD + (head * (HEAD // 2))[:, None] + word[None, :], pack(even * inverse, odd * inverse))
+    ptrs = as_words(Out_ptr) + k_head * HEAD + (head * (HEAD // 2))[:, None] + word[None, :]
+    store_global(ptrs, pack(even * inverse, odd * inverse), (word >= 0).to(gl.int32)[None, :])
 
 
 @gluon.jit

@@ -121,7 +121,7 @@ def norm_qkv_attention_kernel(
             else:
                 store(Out_ptr, k_head, row_sum, even, odd)
         else:
-            send_nothing(base, rank)
+            send_nothing(base, rank, 0)
         if rank == 0:
             if N_TILES > 1:
                 store_joined(base, Out_ptr, k_head, N_TILES)

@@ -111,7 +111,7 @@ def any_live(Mask_ptr, is_looked_at):
 
 
 @gluon.jit
-def deal(n_tiles, rank):
-    """Return the first slot that a CTA of the cluster attends to, and how many tiles: as many for each warp, so that the last CTAs may have none."""
-    most = (n_tiles + N_CTAS * N_WARPS - 1) // (N_CTAS * N_WARPS) * N_WARPS
-    return rank * most * KEYS, gl.minimum(gl.maximum(n_tiles - rank * most, 0), most)
+def deal(n_tiles, part, PARTS: gl.constexpr):
+    """Return the first slot that one of so many CTAs attends to, and how many tiles: as many for each warp, so that the last CTAs may have none."""
+    most = (n_tiles + PARTS * N_WARPS - 1) // (PARTS * N_WARPS) * N_WARPS
+    return part * most * KEYS, gl.minimum(gl.maximum(n_tiles - part * most, 0), most)

@@ -81,13 +81,13 @@ def norm_qkv_long_attention_kernel(
     # Most masks let the slots before the new token count, which are requested until all CTAs' looks have arrived. Without a mask all count.
     if HAS_MASK:
         send_flags(behind, rank, row, S, base)
-    first_slot, own_tiles = deal((row + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
+    first_slot, own_tiles = deal((row + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank, N_CTAS)
     tile = load_tile(K_cache_ptr, V_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
     prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles <= N_WARPS)
     wait_for_bytes(base + ARRIVED)
     if HAS_MASK:
         if any_behind(base):
-            first_slot, own_tiles = deal(S // KEYS, rank)
+            first_slot, own_tiles = deal(S // KEYS, rank, N_CTAS)
             tile = load_tile(K_cache_ptr, V_cache_ptr, Mask_ptr, 0, own_tiles, first_slot, row)
     if is_last | (own_tiles > 0):
         a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
@@ -105,11 +105,11 @@ def norm_qkv_long_attention_kernel(
                 is_live = is_live & is_new_live.to(gl.int1)
             keep_or_send(base, rank, attend_to_shared_tile(base, is_live, scale), own_tiles > 0)
         if own_tiles > 0:
-            send_all(base, rank, is_last, False)
+            send_all(base, rank, 0, is_last, False)
         if is_last:
             write_heads(a, b, K_cache_ptr, V_cache_ptr, row, in_cache)
     else:
-        send_nothing(base, rank)
+        send_nothing(base, rank, 0)
     if rank == 0:
         store_joined(base, Out_ptr, k_head, N_CTAS)
         gl.device_assert(in_cache, "kv_write: position is out of range")

@@ -113,13 +113,13 @@ def norm_qkv_quantized_attention_kernel(
     # Most masks let the codes before the window count, which are requested until all CTAs' looks have arrived. Without a mask all count.
     if HAS_MASK:
         send_flags(behind, rank, row, S, base)
-    first_slot, own_tiles = deal((end_of_codes(row, start, SINKS, WINDOW) + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank)
+    first_slot, own_tiles = deal((end_of_codes(row, start, SINKS, WINDOW) + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank, N_CTAS)
     codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
     prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles <= STEP)
     wait_for_bytes(base + ARRIVED)
     if HAS_MASK:
         if any_behind(base):
-            first_slot, own_tiles = deal(S // KEYS, rank)
+            first_slot, own_tiles = deal(S // KEYS, rank, N_CTAS)
             codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
     if (own_tiles > 0) | (own_kept > 0):
         a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
@@ -128,20 +128,22 @@ def norm_qkv_quantized_attention_kernel(
             store_rotated(base, a, b)
         wait_for_cta()
         if own_tiles > 0:
-            found_in_codes = attend_to_codes(base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES)
+            found_in_codes = attend_to_codes(
+                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, STEP
+            )  # fmt: skip
             if TILES > STEP:
                 prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > STEP)
             store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
         if own_kept > 0:
             keep_or_send(base, rank, attend_to_shared_tile(base, is_kept_live, scale), own_tiles > 0)
         if own_tiles > 0:
-            send_all(base, rank, own_kept > 0, True)
+            send_all(base, rank, 0, own_kept > 0, True)
         if rank == N_CTAS - 1:
             is_sink = in_cache & (row >= start) & (row < start + SINKS)
             write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)
             write_codes(base, a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
     else:
-        send_nothing(base, rank)
+        send_nothing(base, rank, 0)
     if rank == 0:
         store_joined(base, Out_ptr, k_head, N_CTAS)
         gl.device_assert(in_cache, "kv_write: position is out of range")

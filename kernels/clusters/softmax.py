@@ -52,6 +52,15 @@ def meet(found, first, second):
 
 
 @gluon.jit
+def meet_first(first, second, N_WORDS: gl.constexpr):
+    """Return what :func:`meet` does of a warp that has met no key, in fewer registers."""
+    peaks = max_of_groups(gl.maximum(first, second))
+    origins = origin_of(peaks)
+    _, sums, even, odd = nothing(N_WORDS)
+    return (peaks, sums, even, odd), gl.exp2(first - origins), gl.exp2(second - origins)
+
+
+@gluon.jit
 def exchange(first, second):
     """Round the weights of the keys g and g + 8 to bfloat16; return words of both heads, pairs of the keys 2 t, 2 t + 1 and of 2 t + 8, 2 t + 9."""
     return gl.inline_asm_elementwise(
