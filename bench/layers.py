@@ -28,7 +28,6 @@ from bench.linears import CASES, Case, chosen_launch, compile_launch, shape_of, 
 from bench.machine import describe
 from bench.quantized_attention import build_arguments, kernel_of, write_prompt
 from bench.reads import copy_bandwidth
-from qtts_compile.kernels.gemv import MAX_ROWS
 from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, tiles_in_flight
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, file_name, remember
@@ -38,7 +37,7 @@ from qtts_compile.kernels.norm_qkv import MAX_SLOTS
 from qtts_compile.kernels.norm_qkv_attention import norm_qkv_attention
 from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized_attention
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_triton
-from qtts_compile.kernels.skinny.launch import is_skinny
+from qtts_compile.kernels.skinny.launch import MAX_ROWS, is_skinny
 from qtts_compile.options import KV_CACHES
 
 EPS, HEADS, WIDTH = 1e-6, 16, 128

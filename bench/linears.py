@@ -1,6 +1,6 @@
 """Time the linear kernels of a few rows at the published shapes, in a CUDA graph whose launches find none of their weights in the L2 cache.
 
-Run: ``python -m bench.linears [--rows 1 2 4 8 16] [--cases NAME ...] [--search] [--json FILE]``. Beside each kernel
+Run: ``python -m bench.linears [--rows 1 2 4 8 16 32] [--cases NAME ...] [--search] [--json FILE]``. Beside each kernel
 stands what it replaces: cuBLAS, with the norm, SwiGLU and addition as kernels of their own. A result is checked before it is timed.
 ``--search`` tries launch parameters, and ``--table FILE`` writes the best as a table for kernels/launches.
 """
@@ -35,6 +35,7 @@ from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_tri
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_reference, norm_swiglu_triton
 from qtts_compile.kernels.rms_norm import rms_norm
+from qtts_compile.kernels.skinny.launch import MAX_ROWS
 from qtts_compile.kernels.swiglu import swiglu
 
 EPS = 1e-6
@@ -126,21 +127,22 @@ def call_library(case: Case, x: torch.Tensor, *others: Any) -> Any:
 
 def shape_of(case: Case, rows: int) -> Shape:
     """Return the shape under which a table has the launch of a case."""
-    return Shape(case.op, "16 bit" if case.op == "embedding_linear" else SERVED, case.outputs, case.width, triton.next_power_of_2(rows))
+    numbers = "16 bit" if case.op == "embedding_linear" and rows == 1 else SERVED
+    return Shape(case.op, numbers, case.outputs, case.width, triton.next_power_of_2(rows))
 
 
 def chosen_launch(case: Case, rows: int) -> Launch:
     """Return what the kernel of a case is launched with on this GPU."""
-    return lookup(shape_of(case, rows), torch.device("cuda", 0)) or choose_launch(rows, *_dimensions(case))
+    return lookup(shape_of(case, rows), torch.device("cuda", 0)) or choose_launch(rows, *_dimensions(case, rows))
 
 
 def tried_launches(case: Case, rows: int) -> list[Launch]:
     """Return what a search of the case tries."""
-    return candidates(rows, *_dimensions(case))
+    return candidates(rows, *_dimensions(case, rows))
 
 
-def _dimensions(case: Case) -> tuple[int, int, torch.dtype, int, bool]:
-    return case.outputs, case.width, torch.bfloat16, case.matrices, shape_of(case, 1).numbers == SERVED
+def _dimensions(case: Case, rows: int) -> tuple[int, int, torch.dtype, int, bool]:
+    return case.outputs, case.width, torch.bfloat16, case.matrices, shape_of(case, rows).numbers == SERVED
 
 
 def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:
@@ -214,7 +216,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=range(1, 17), metavar="ROWS")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1], choices=range(1, MAX_ROWS + 1), metavar="ROWS")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], default=[case.name for case in CASES], metavar="NAME")
     parser.add_argument("--search", action="store_true", help="try other launch parameters too")
     parser.add_argument("--table", type=Path, help="where to write the best launches")

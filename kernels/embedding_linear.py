@@ -14,17 +14,18 @@ from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.sizes import cdiv
+from qtts_compile.kernels.skinny import launch as skinny
 
 
 def embedding_linear(tokens: torch.Tensor, table: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return ``table[tokens] @ weight.T + bias`` for ``tokens`` ``[...]`` int64, ``table`` ``[V, K]``, ``weight`` ``[N, K]`` and ``bias`` ``[N]``.
 
-    There are at most 16 tokens. Products are summed in float32 with the bias and rounded to the dtype, one for all but the tokens. The result
+    There are at most 32 tokens. Products are summed in float32 with the bias and rounded to the dtype, one for all but the tokens. The result
     ``[..., N]`` is contiguous. ``weight`` and ``bias`` must be at rest: on a GPU of compute capability 9.0 or later they are read before earlier
     kernels of the stream have ended.
 
     Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, two dtypes, or tokens that are not int64, and ``ValueError`` for
-    more than 16 tokens, shapes that do not match, rows that are not contiguous, or different devices. A token outside ``[0, V)`` is an
+    more than 32 tokens, shapes that do not match, rows that are not contiguous, or different devices. A token outside ``[0, V)`` is an
     ``IndexError`` on the CPU and trips a device-side assert on the GPU.
     """
     return torch.ops.qtts.embedding_linear.default(tokens, table, weight, bias)
@@ -41,8 +42,9 @@ def check_embedding_linear(tokens: torch.Tensor, table: torch.Tensor, weight: to
     if tokens.dtype != torch.int64:
         raise TypeError(f"tokens must be int64, got {tokens.dtype}; convert them with .long()")
     check_device("tokens", tokens, "table", table)
-    if tokens.numel() > MAX_ROWS:
-        raise ValueError(f"there must be at most {MAX_ROWS} tokens, got {tokens.numel()} in {tuple(tokens.shape)}; use torch.nn.functional for more")
+    if tokens.numel() > skinny.MAX_ROWS:
+        what = f"{skinny.MAX_ROWS} tokens, got {tokens.numel()} in {tuple(tokens.shape)}"
+        raise ValueError(f"there must be at most {what}; use torch.nn.functional for more")
     check_rank("table", table, "V, K")
     if 0 in table.shape or (table.shape[1] > 1 and table.stride(1) != 1):
         raise ValueError(f"table must be [V, K] with V, K > 0 and contiguous rows, got {tuple(table.shape)} with strides {table.stride()}")
@@ -82,7 +84,14 @@ def embedding_linear_triton(
         return y
     outputs, rows = weight.shape[0], tokens.numel()
     run = lambda weights, launch: embedding_linear_triton(tokens, table, *weights, bias, launch)  # noqa: E731
-    options = options_of(launch or launch_of("embedding_linear", rows, [weight], outputs, run), [weight], outputs)
+    is_served = skinny.serves(table, None, [weight], tokens)
+    if rows > MAX_ROWS and not is_served:
+        return embedding_linear_reference(tokens, table, weight, bias)
+    launch = launch or launch_of("embedding_linear", rows, [weight], outputs, run, is_served and rows > 1)
+    if is_served and skinny.is_skinny(launch):
+        skinny.launch_skinny(table, None, [weight], [bias], None, [y], 0.0, launch, tokens=tokens.contiguous())
+        return y
+    options = options_of(launch, [weight], outputs)
     _embedding_linear_kernel[(cdiv(outputs, options["BLOCK_N"]),)](
         tokens.contiguous(), table, weight, bias, y, rows, outputs, table.shape[0], table.stride(0), weight.stride(0),
         **options, debug=True, sanitize_overflow=False,

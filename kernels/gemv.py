@@ -17,8 +17,9 @@ from qtts_compile.kernels.checks import check_float_dtype, check_like, check_ran
 from qtts_compile.kernels.interpreted import IS_INTERPRETED
 from qtts_compile.kernels.rms_norm import check_rms_norm
 from qtts_compile.kernels.rows import with_unit_stride
+from qtts_compile.kernels.skinny import launch as skinny
 
-MAX_ROWS = 16
+MAX_ROWS = 16  # of these kernels, beyond which PyTorch multiplies what :mod:`skinny` does not serve
 WIDE = tl.constexpr(1024)  # columns, beyond which _multiply_one_by_one makes sure that all tiles of x are requested at once
 
 
@@ -28,13 +29,18 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(x: torch.Tensor) -> None:
-    """Raise unless ``x`` is ``[..., K]`` of a supported dtype, with at most ``MAX_ROWS`` rows and K > 0."""
+    """Raise unless ``x`` is ``[..., K]`` of a supported dtype, with at most as many rows as any kernel takes, and K > 0."""
     check_float_dtype("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have the shape [..., K] with K > 0, got {tuple(x.shape)}")
     rows = math.prod(x.shape[:-1])
-    if rows > MAX_ROWS:
-        raise ValueError(f"x must have at most {MAX_ROWS} rows, got {rows} in {tuple(x.shape)}; use torch.nn.functional.linear for more")
+    if rows > skinny.MAX_ROWS:
+        raise ValueError(f"x must have at most {skinny.MAX_ROWS} rows, got {rows} in {tuple(x.shape)}; use torch.nn.functional.linear for more")
+
+
+def most_rows(dtype: torch.dtype, width: int, device: torch.device) -> int:
+    """Return how many rows of a width have a kernel."""
+    return skinny.MAX_ROWS if skinny.serves_rows_of(dtype, width, device) else MAX_ROWS
 
 
 def check_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_like, check_shape
 from qtts_compile.kernels.gemv import (
+    MAX_ROWS,
     as_matrix,
     check_rows,
     check_vector,
@@ -25,13 +26,13 @@ from qtts_compile.kernels.skinny.launch import is_skinny, launch_skinny, serves
 
 
 def linear_add(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
-    """Return ``residual + (x @ weight.T + bias)`` for ``x`` ``[..., K]`` of at most 16 rows, ``weight`` ``[N, K]`` and ``bias`` ``[N]``.
+    """Return ``residual + (x @ weight.T + bias)`` for ``x`` ``[..., K]`` of at most 32 rows, ``weight`` ``[N, K]`` and ``bias`` ``[N]``.
 
     Products are summed in float32 with the bias and rounded to the dtype, then added to ``residual`` ``[..., N]`` and rounded. All have one
     dtype. The result is contiguous. ``weight`` and ``bias`` must be at rest: on a GPU of compute capability 9.0 or later they are read
     before earlier kernels of the stream have ended.
 
-    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for more than 16 rows,
+    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for more than 32 rows,
     shapes that do not match, a weight whose rows are not contiguous, or different devices.
     """
     return torch.ops.qtts.linear_add.default(x, weight, bias, residual)
@@ -84,10 +85,12 @@ def linear_add_triton(
     y = linear_add_fake(x, weight, bias, residual)
     if y.numel() == 0:
         return y
-    outputs = weight.shape[0]
+    outputs, given = weight.shape[0], (x, weight, bias, residual)
     x, residual = as_matrix(x), as_matrix(residual)
-    run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, launch)  # noqa: E731
     is_served = serves(x, None, [weight])
+    if x.shape[0] > MAX_ROWS and not is_served:
+        return linear_add_reference(*given)
+    run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, launch)  # noqa: E731
     launch = launch or launch_of("linear_add", x.shape[0], [weight], outputs, run, is_served)
     if is_served and is_skinny(launch):
         launch_skinny(x, None, [weight], [bias], residual, [y], 0.0, launch)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from qtts_compile.kernels.gemv import (
+    MAX_ROWS,
     as_matrix,
     check_norm_weight,
     check_rows,
@@ -35,12 +36,12 @@ def norm_linears(
 ) -> list[torch.Tensor]:
     """Return ``rms_norm(x, norm_weight, eps) @ weight.T + bias`` for each of one to three ``weights`` ``[N_i, K]`` and ``biases`` ``[N_i]``.
 
-    ``x`` is ``[..., K]`` of at most 16 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. The norm is rounded as
+    ``x`` is ``[..., K]`` of at most 32 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. The norm is rounded as
     ``rms_norm``'s or less, at the most precise not at all; products are summed in float32 with the bias and rounded to the dtype, one for all
     arguments. The results ``[..., N_i]`` are contiguous. Weights and biases must be at rest: on a GPU of compute capability 9.0 or later
     they are read before earlier kernels of the stream have ended.
 
-    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for more than 16 rows or
+    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for more than 32 rows or
     3 weights, shapes that do not match, a weight whose rows are not contiguous, different devices, or a norm that ``rms_norm`` refuses.
     """
     return torch.ops.qtts.norm_linears.default(x, norm_weight, weights, biases, eps)
@@ -111,10 +112,12 @@ def norm_linears_triton(
     ys = norm_linears_fake(x, norm_weight, weights, biases, eps)
     if ys[0].numel() == 0:
         return ys
-    x = as_matrix(x)
+    given, x = x, as_matrix(x)
+    is_served = serves(x, norm_weight, weights)
+    if x.shape[0] > MAX_ROWS and not is_served:
+        return norm_linears_reference(given, norm_weight, weights, biases, eps)
     sizes = [weight.shape[0] for weight in weights]
     run = lambda weights, launch: norm_linears_triton(x, norm_weight, weights, biases, eps, launch)  # noqa: E731
-    is_served = serves(x, norm_weight, weights)
     launch = launch or launch_of("norm_linears", x.shape[0], weights, sum(sizes), run, is_served)
     if is_served and is_skinny(launch):
         launch_skinny(x, norm_weight, weights, biases, None, ys, eps, launch)

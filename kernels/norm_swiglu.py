@@ -9,6 +9,7 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_shape
 from qtts_compile.kernels.gemv import (
+    MAX_ROWS,
     as_matrix,
     check_norm_weight,
     check_rows,
@@ -30,12 +31,12 @@ from qtts_compile.kernels.swiglu import swiglu_reference
 def norm_swiglu(x: torch.Tensor, norm_weight: torch.Tensor | None, gate_weight: torch.Tensor, up_weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return ``silu(n @ gate_weight.T) * (n @ up_weight.T)`` with ``n = rms_norm(x, norm_weight, eps)``.
 
-    ``x`` is ``[..., K]`` of at most 16 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. Both weights are
+    ``x`` is ``[..., K]`` of at most 32 rows; a ``norm_weight`` of None multiplies ``x`` itself, whatever ``eps`` is. Both weights are
     ``[N, K]``. The norm is rounded as ``rms_norm``'s or less, at the most precise not at all, the products are summed in float32 and
     rounded to the dtype, one for all arguments, and the rest is rounded as ``swiglu``'s. The result ``[..., N]`` is contiguous. Weights must be at
     rest, as for ``norm_linears``.
 
-    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for more than 16 rows,
+    Raises ``TypeError`` for a dtype other than bfloat16, float16 and float32, or two dtypes, and ``ValueError`` for more than 32 rows,
     shapes that do not match, a weight whose rows are not contiguous, different devices, or a norm that ``rms_norm`` refuses.
     """
     return torch.ops.qtts.norm_swiglu.default(x, norm_weight, gate_weight, up_weight, eps)
@@ -91,11 +92,12 @@ def norm_swiglu_triton(
     y = norm_swiglu_fake(x, norm_weight, gate_weight, up_weight, eps)
     if y.numel() == 0:
         return y
-    outputs = gate_weight.shape[0]
-    x = as_matrix(x)
-    weights = [gate_weight, up_weight]
-    run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, launch)  # noqa: E731
+    given, x = x, as_matrix(x)
+    weights, outputs = [gate_weight, up_weight], gate_weight.shape[0]
     is_served = serves(x, norm_weight, weights)
+    if x.shape[0] > MAX_ROWS and not is_served:
+        return norm_swiglu_reference(given, norm_weight, gate_weight, up_weight, eps)
+    run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, launch)  # noqa: E731
     launch = launch or launch_of("norm_swiglu", x.shape[0], weights, outputs, run, is_served)
     if is_served and is_skinny(launch):
         launch_skinny(x, norm_weight, weights, [None] * 2, None, [y], eps, launch, is_swiglu=True)

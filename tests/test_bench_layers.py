@@ -29,12 +29,12 @@ def test_a_position_is_timed_in_every_cache_that_reaches_so_far():
 
 
 def test_several_texts_are_timed_together(capsys):
-    arguments = layers.arguments_of("--texts 1 8 --positions 64".split())
+    arguments = layers.arguments_of("--texts 1 8 32 --positions 64".split())
     assert {key: [stack.texts for stack, _ in variants] for key, variants in arguments.variants.items()} == {
-        (name, texts): [texts] for name in ("predictor", "talker") for texts in (1, 8)
+        (name, texts): [texts] for name in ("predictor", "talker") for texts in (1, 8, 32)
     }
     with pytest.raises(SystemExit, match="2"):
-        layers.arguments_of(["--texts", "17"])
+        layers.arguments_of(["--texts", "33"])
     assert "choose from 1, 2" in capsys.readouterr().err
 
 

@@ -44,6 +44,15 @@ def pack(first, second):
 
 
 @gluon.jit
+def multiply_pairs(first, second):
+    """Multiply words of two bfloat16, each product rounded once; bfloat16 has no multiplication of its own before Hopper."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 zeros; mov.b32 zeros, 0x80008000; fma.rn.bf16x2 $0, $1, $2, zeros; }",  # negative zeros, which change no product's sign
+        "=r,r,r", [first, second], dtype=gl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def transpose_pairs(words):
     """Exchange, in pairs of words of two bfloat16, the second of the first word with the first of the second."""
     return gl.inline_asm_elementwise(

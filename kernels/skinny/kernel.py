@@ -1,8 +1,8 @@
-"""Products of up to 16 rows with weight matrices on the tensor cores: the weights go from global memory to the registers that multiply them.
+"""Products of up to 32 rows with weight matrices on the tensor cores: the weights go from global memory to the registers that multiply them.
 
-For ``norm_linears``, ``norm_swiglu`` and ``linear_add`` in bfloat16. A program goes over tiles of 16 rows of a weight, or of 8 of gate and of up,
-and requests the next ones while it multiplies. It loads x, and applies the norm's weight to it, once if its registers hold it. The norm's scale is
-applied to the sums, so that no product waits for it.
+For ``norm_linears``, ``norm_swiglu``, ``linear_add`` and ``embedding_linear`` in bfloat16. A program goes over tiles of 16 rows of a weight, or of 8
+of gate and of up, and requests the next ones while it multiplies. It loads x, and applies the norm's weight to it, once if its registers hold it.
+The norm's scale is applied to the sums, so that no product waits for it.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -45,7 +45,7 @@ def _request_step(w_rows, STEP: gl.constexpr, STEPS: gl.constexpr, CHUNKS: gl.co
 
 @gluon.jit
 def skinny_kernel(
-    X_ptr, Norm_ptr, W_ptrs, Bias_ptrs, Residual_ptr, Y_ptrs, M, sizes, x_stride, w_strides, residual_stride, eps,
+    X_ptr, Token_ptr, Norm_ptr, W_ptrs, Bias_ptrs, Residual_ptr, Y_ptrs, M, V, sizes, x_stride, w_strides, residual_stride, eps,
     K: gl.constexpr, WARPS: gl.constexpr, GROUPS: gl.constexpr, TILES: gl.constexpr, CHUNKS: gl.constexpr, IN_FLIGHT: gl.constexpr,
     X_STEPS: gl.constexpr, IS_SWIGLU: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
@@ -102,9 +102,15 @@ def skinny_kernel(
             output = first + tile * TILE
             is_there = (output < size) & (row < M)
             residuals = residuals + (gl.load(Residual_ptr + row.to(gl.int64) * residual_stride + output, mask=is_there, other=0.0),)
-    x_rows = ()
+    x_rows, in_table = (), 0 * g == 0
     for j in gl.static_range(GROUPS):
-        x_rows = x_rows + (as_words(X_ptr) + gl.minimum(g + 8 * j, M - 1).to(gl.int64) * (x_stride // 2) + word + 0 * which,)
+        x_row = gl.minimum(g + 8 * j, M - 1).to(gl.int64)
+        if Token_ptr is not None:
+            token = gl.load(Token_ptr + x_row)
+            in_table, x_row = in_table & (token >= 0) & (token < V), gl.minimum(gl.maximum(token, 0), V - 1)
+        x_rows = x_rows + (as_words(X_ptr) + x_row * (x_stride // 2) + word + 0 * which,)
+    if Token_ptr is not None:
+        gl.device_assert(in_table, "embedding_linear: a token lies outside the table")
 
     # Sums of two tiles have their place, so that warps may run ahead by one.
     memory_layout: gl.constexpr = _memory_layout()
@@ -124,7 +130,9 @@ def skinny_kernel(
             if tile == 0 or ROUNDS > 1:
                 x = requested_together(load_rows(x_rows, round * X_STEPS * CHUNKS, X_STEPS * CHUNKS))
                 if Norm_ptr is not None:
-                    x, squares = weigh(x, norms[round], squares)
+                    # Registers hold the norm's weight for the first tile alone.
+                    norm = norms[round] if tile == 0 else load_rows(norm_row, round * X_STEPS * CHUNKS, X_STEPS * CHUNKS)[0]
+                    x, squares = weigh(x, norm, squares)
             for i in gl.static_range(X_STEPS):
                 sums = multiply(sums, steps[(tile * ROUNDS + round) * X_STEPS + i], x, i * CHUNKS)
                 if (tile * ROUNDS + round) * X_STEPS + i + IN_FLIGHT < TILES * STEPS:

@@ -12,7 +12,7 @@ from them: in which order columns are added up is of no matter. Warps share the 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.ptx.words import add_product, high, low, pack
+from qtts_compile.kernels.ptx.words import add_product, high, low, multiply_pairs
 
 
 @gluon.constexpr_function
@@ -110,7 +110,7 @@ def weigh(xs, norm, squares):
             for half in gl.static_range(2):
                 x, weight = xs[j][chunk][half], norm[chunk][half]
                 square += low(x) * low(x) + high(x) * high(x)
-                pairs = pairs + (pack(low(x) * low(weight), high(x) * high(weight)),)
+                pairs = pairs + (multiply_pairs(x, weight),)
             words = words + (pairs,)
         products, new_squares = products + (words,), new_squares + (square,)
     return products, new_squares

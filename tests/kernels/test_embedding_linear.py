@@ -1,5 +1,6 @@
 import pytest
 import torch
+from device_assert import assert_trips
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
@@ -7,7 +8,7 @@ from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned
 from qtts_compile.kernels.embedding_linear import embedding_linear, embedding_linear_reference, embedding_linear_triton
 from qtts_compile.kernels.launch_table import Launch
 
-shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 3, 2), (16,)])
+shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 3, 2), (16,), (17,), (2, 16)])
 
 
 def random_tokens(seed, shape, entries, device, strided=False):
@@ -49,7 +50,7 @@ def test_launch_parameters_do_not_change_results(device, rows, width, block_m, b
     check(tokens, table, weight, None, Launch(block_m, block_n, block_k, num_warps, in_flight))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7, 24])
 def test_published_width(device, rows):
     table, weight = random_tensor(0, (300, 2048), torch.bfloat16, device), random_tensor(1, (12, 2048), torch.bfloat16, device)
     check(random_tokens(0, (rows, 1), 300, device), table, weight, random_tensor(2, (12,), torch.bfloat16, device))
@@ -86,6 +87,19 @@ def test_a_token_outside_the_table_is_refused():
         embedding_linear(torch.tensor([4]), torch.ones(4, 8), torch.ones(3, 8), None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "width"), [([4], 512), ([0, -1], 512), ([0] * 31 + [4], 512), ([0, 4], 40)])
+def test_a_token_outside_the_table_trips_the_device_side_assert(tokens, width):
+    script = f"""
+import torch
+from qtts_compile.kernels.embedding_linear import embedding_linear
+table, weight = (torch.ones(rows, {width}, dtype=torch.bfloat16, device="cuda") for rows in (4, 16))
+embedding_linear(torch.tensor({tokens}, device="cuda"), table, weight, None)
+torch.cuda.synchronize()
+"""
+    assert_trips(script, "a token lies outside the table")
+
+
 T = torch.tensor([1, 2])
 TABLE, W = torch.ones(5, 8), torch.ones(4, 8)
 
@@ -97,7 +111,7 @@ TABLE, W = torch.ones(5, 8), torch.ones(4, 8)
         (T, TABLE.double(), W, None, TypeError, "table must be .*float64"),
         (T, TABLE.half(), W, None, TypeError, "weight must have the dtype of x"),
         (T.to("meta"), TABLE, W, None, ValueError, "tokens must be on the device of table"),
-        (torch.zeros(17, dtype=torch.int64), TABLE, W, None, ValueError, "at most 16 tokens, got 17"),
+        (torch.zeros(33, dtype=torch.int64), TABLE, W, None, ValueError, "at most 32 tokens, got 33"),
         (T, TABLE[0], W, None, ValueError, r"table must have the shape \[V, K\], got \(8,\)"),
         (T, TABLE[:0], W, None, ValueError, r"V, K > 0 and contiguous rows, got \(0, 8\)"),
         (T, torch.ones(8, 5).T, W, None, ValueError, r"contiguous rows, got \(5, 8\) with strides \(1, 5\)"),

@@ -52,7 +52,7 @@ def test_tiles_in_flight_fit_the_registers_and_the_row(outputs, width, dtype, nu
     assert asked == options | dict(IN_FLIGHT=min(3, -(-width // block_k)))
 
 
-@given(rows, sizes, st.integers(1, 8).map(lambda count: 512 * count), st.sampled_from([1, 2]))
+@given(st.integers(1, 32), sizes, st.integers(1, 8).map(lambda count: 512 * count), st.sampled_from([1, 2]))
 def test_what_the_tensor_cores_serve_has_launches_of_theirs(rows, outputs, width, matrices):
     """One or two rows may be faster without them."""
     arguments = rows, outputs, width, torch.bfloat16, matrices

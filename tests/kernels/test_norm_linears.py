@@ -9,7 +9,7 @@ from qtts_compile.kernels.norm_linears import norm_linears, norm_linears_referen
 from qtts_compile.kernels.rms_norm import rms_norm_reference
 
 EPS = 1e-6
-shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 4), (2, 3, 2), (16,)])
+shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 4), (2, 3, 2), (16,), (17,), (2, 16)])
 
 
 def oracle(x, norm_weight, weights, biases):
@@ -54,7 +54,7 @@ def test_launch_parameters_do_not_change_results(device, rows, width, block_m, b
     check(x, norm_weight, weights, [None, None], Launch(block_m, block_n, block_k, num_warps, in_flight))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7, 24])
 @pytest.mark.parametrize("width", [1024, 2048, 3072])
 def test_wide_rows(device, rows, width):
     x, norm_weight = random_tensor(0, (rows, width), torch.bfloat16, device), random_tensor(1, (width,), torch.bfloat16, device)
@@ -161,7 +161,7 @@ W = torch.ones(4, 8)
         (X.double(), None, [W], [None], TypeError, "x must be .*float64"),
         (torch.ones(()), None, [W], [None], ValueError, r"x must have the shape \[\.\.\., K\] with K > 0, got \(\)"),
         (torch.ones(2, 0), None, [W], [None], ValueError, r"K > 0, got \(2, 0\)"),
-        (torch.ones(17, 8), None, [W], [None], ValueError, r"at most 16 rows, got 17 in \(17, 8\); use torch.nn.functional.linear"),
+        (torch.ones(33, 8), None, [W], [None], ValueError, r"at most 32 rows, got 33 in \(33, 8\); use torch.nn.functional.linear"),
         (X, torch.ones(8).half(), [W], [None], TypeError, "norm_weight must have the dtype of x, torch.float32, got torch.float16"),
         (X, torch.ones(4), [W], [None], ValueError, r"weight must have the shape \(8,\), got \(4,\)"),
         (X, torch.ones(16)[::2], [W], [None], ValueError, r"norm_weight must be contiguous in its last dimension, got strides \(2,\)"),

@@ -10,7 +10,7 @@ from qtts_compile.kernels.rms_norm import rms_norm_reference
 from qtts_compile.kernels.swiglu import swiglu_reference
 
 EPS = 1e-6
-shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 4), (2, 3, 2), (16,)])
+shapes = st.sampled_from([(), (1,), (1, 1), (2,), (3, 1), (1, 5), (2, 4), (2, 3, 2), (16,), (17,), (2, 16)])
 
 
 def oracle(x, norm_weight, gate_weight, up_weight):
@@ -54,7 +54,7 @@ def test_launch_parameters_do_not_change_results(device, rows, width, block_m, b
     check(x, norm_weight, *weights, Launch(block_m, block_n, block_k, num_warps, in_flight))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 2, 7, 24])
 @pytest.mark.parametrize("width", [2048, 3072])
 def test_wide_rows(device, rows, width):
     x, norm_weight = random_tensor(0, (rows, width), torch.bfloat16, device), random_tensor(1, (width,), torch.bfloat16, device)
@@ -116,7 +116,7 @@ W = torch.ones(4, 8)
     ("x", "norm_weight", "gate_weight", "up_weight", "error", "message"),
     [
         (X.int(), None, W, W, TypeError, "x must be .*int32"),
-        (torch.ones(4, 5, 8), None, W, W, ValueError, r"at most 16 rows, got 20 in \(4, 5, 8\); use torch.nn.functional.linear"),
+        (torch.ones(5, 7, 8), None, W, W, ValueError, r"at most 32 rows, got 35 in \(5, 7, 8\); use torch.nn.functional.linear"),
         (X, torch.ones(8).half(), W, W, TypeError, "norm_weight must have the dtype of x"),
         (X, torch.ones(8, device="meta"), W, W, ValueError, "weight must be on the device of x, cpu, got meta"),
         (X, None, W.half(), W, TypeError, "gate_weight must have the dtype of x"),
