@@ -1,5 +1,8 @@
 """Where there is no Hopper GPU, the kernels of one text stand in for that of clusters; ``-p tests.ptx.plugin`` runs its PTX on the CPU."""
 
+# pyright: reportCallIssue=false
+# Arguments are cut from lists, whose lengths pyright takes for unknown.
+
 from typing import Any
 from unittest import mock
 
