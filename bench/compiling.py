@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from qtts_compile.kernels import pdl
+from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.skinny import launch as skinny
 
 
@@ -47,6 +48,8 @@ def compiling_only(capability: tuple[int, int], limit_s: int) -> Iterator[None]:
             mock.patch.object(triton.JITFunction, "run", compile_only),
             mock.patch.object(pdl, "has_pdl", lambda device: capability >= (9, 0)),
             mock.patch.object(skinny, "has_tensor_cores", lambda device: capability >= (8, 0)),
+            mock.patch.object(clusters, "has_clusters", lambda device: capability == clusters.HOPPER),
+            mock.patch.object(clusters, "have_room", lambda device, compile_kernel: True),
         ):
             yield
     finally:

@@ -1,8 +1,8 @@
 """Time the talker's attention in a decode step over a quantised KV cache beside that over bfloat16, in a CUDA graph with a cold L2 cache.
 
-Run: ``python -m bench.quantized_attention [--batches 1 8 32] [--positions 512 2048 8000] [--formats bf16 int4 ...] [--search] [--json FILE]``.
-A cache has 8192 slots and the default sinks and window. A result is checked against float32 over the decoded cache before it is timed.
-``--search`` tries launch parameters, ``--tiny`` tries the benchmark itself on a CPU.
+Run: ``python -m bench.quantized_attention [--batches 1 8 32] [--positions 512 2048 8000] [--slots 8192] [--formats bf16 int4 ...] [--search]
+[--parts] [--json FILE]``. A cache has the default sinks and window. A result is checked against float32 over the decoded cache before it is timed.
+``--search`` tries launch parameters, ``--parts`` kernels of clusters, ``--tiny`` tries the benchmark itself on a CPU.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from bench.attention import COMPILE_LIMIT_S, K_HEADS, ROW_BYTES, WIDTH, Case, co
 from bench.compiling import compiling_only
 from bench.machine import describe
 from qtts_compile.kernels import flash_decoding_launch
+from qtts_compile.kernels.clusters.memory import KEYS
+from qtts_compile.kernels.heads_attention import MAX_TEXTS
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention, qk_norm_rope_attention_triton
 from qtts_compile.kernels.qk_norm_rope_quantized_attention import (
     qk_norm_rope_quantized_attention,
@@ -129,6 +131,14 @@ def candidates(name: str, case: Case, batch: int, sms: int) -> Iterator[Launch]:
             yield dict(n_splits=n_splits, block_n=block_n, num_warps=num_warps, block_m=block_m)
 
 
+def parts(name: str, slots: int, batch: int) -> Iterator[Launch]:
+    """Yield as launch parameters how many thread blocks of a cluster may attend for each key head, each to 16 slots or more."""
+    if name in ("bf16", "int4") and 2 <= batch <= MAX_TEXTS:
+        for n_parts in (1, 2, 4, 8, 16) if name == "bf16" else (1, 2, 4, 8):
+            if n_parts * KEYS.value <= slots:
+                yield dict(parts=n_parts)
+
+
 def kernel_of(name: str, device: str) -> Callable[..., torch.Tensor]:
     """Return what computes attention over a format: on a CPU plain PyTorch."""
     if device == "cpu":
@@ -186,11 +196,14 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, metavar="BATCH")
     parser.add_argument("--positions", nargs="+", type=int, metavar="TOKENS")
     parser.add_argument("--formats", nargs="+", choices=KV_CACHES, default=["bf16", "int4", "k4v3", "int3", "fp8"], metavar="FORMAT")
+    parser.add_argument("--slots", type=int, metavar="SLOTS", help=f"of the cache (default: {SLOTS})")
     parser.add_argument("--search", action="store_true", help="try other launch parameters too")
+    parser.add_argument("--parts", action="store_true", help="try kernels of clusters too, of several texts over bf16 and int4")
     parser.add_argument("--tiny", action="store_true", help="plain PyTorch on the CPU, which tries the benchmark and measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as they come")
     arguments = parser.parse_args(argv)
-    arguments.slots, batches, positions = (TINY_SLOTS, BATCHES[:1], TINY_POSITIONS) if arguments.tiny else (SLOTS, BATCHES, POSITIONS)
+    slots, batches, positions = (TINY_SLOTS, BATCHES[:1], TINY_POSITIONS) if arguments.tiny else (SLOTS, BATCHES, POSITIONS)
+    arguments.slots = arguments.slots or slots
     arguments.batches, arguments.positions = arguments.batches or batches, arguments.positions or positions
     if not KEPT < min(arguments.positions) <= max(arguments.positions) < arguments.slots:
         parser.error(f"--positions: give {KEPT + 1} to {arguments.slots - 1}, so that something is read from codes")
@@ -206,6 +219,8 @@ def rows_of(arguments: argparse.Namespace, pool: Pool) -> Iterator[dict[str, Any
         gpu = torch.cuda.get_device_properties(0)
         for (batch, name), launches in plan.items() if arguments.search else ():
             launches += candidates(name, cases[0], batch, gpu.multi_processor_count)
+        for (batch, name), launches in plan.items() if arguments.parts else ():
+            launches += parts(name, arguments.slots, batch)
         target = (gpu.major, gpu.minor), gpu.multi_processor_count
         compiled = pool.imap(compile_launch, [(*target, name, cases[0], batch, launch) for (batch, name), each in plan.items() for launch in each])
     bf16: dict[tuple[int, int], float | None] = {}

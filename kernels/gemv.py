@@ -38,11 +38,6 @@ def check_rows(x: torch.Tensor) -> None:
         raise ValueError(f"x must have at most {skinny.MAX_ROWS} rows, got {rows} in {tuple(x.shape)}; use torch.nn.functional.linear for more")
 
 
-def most_rows(dtype: torch.dtype, width: int, device: torch.device) -> int:
-    """Return how many rows of a width have a kernel."""
-    return skinny.MAX_ROWS if skinny.serves_rows_of(dtype, width, device) else MAX_ROWS
-
-
 def check_weight(name: str, weight: torch.Tensor, x: torch.Tensor) -> None:
     """Raise unless ``weight`` is ``[N, K]`` with N > 0 and contiguous rows, of the dtype and on the device of ``x``."""
     check_like(name, weight, "x", x)

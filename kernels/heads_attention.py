@@ -1,4 +1,7 @@
-"""Attention of one new token of each of several texts by kernels of clusters, which operators launch in place of two kernels where it serves."""
+"""Attention of one new token of each of several texts by kernels of clusters, in one launch.
+
+Operators launch it where their ``parts`` ask for it, as no measurement tells yet where it is faster: ``python -m bench.quantized_attention --parts``.
+"""
 
 from typing import Any
 
@@ -13,22 +16,9 @@ from qtts_compile.kernels.rotary import Angles
 from qtts_compile.kernels.sizes import cdiv
 
 MAX_TEXTS = 32
-RESIDENT = 264  # CTAs at once: two for each multiprocessor of an H100 or H200
 # Whether a warp that has several tiles requests the next before it attends to one: that takes more registers, so that fewer CTAs are resident.
 IS_AHEAD, IS_AHEAD_OF_CODES = False, True
-MAX_PARTS_OF_CODES = 8
 LOOKED_AT = 16 * 32 * clusters.WARPS  # bytes of a mask by a CTA at once
-
-
-def parts_of(pairs: int, tiles: int) -> int:
-    """Choose how many CTAs of a cluster attend for each pair of a text and a key head, whose cache has so many tiles.
-
-    All are to be there at once, and each warp of a CTA is to have a tile, so that few slots are attended to by one CTA.
-    """
-    parts = 1
-    while parts < clusters.CTAS and pairs * parts * 2 <= RESIDENT and parts * 2 * clusters.WARPS <= tiles:
-        parts *= 2
-    return parts
 
 
 def serves(
@@ -71,12 +61,14 @@ def _lie_at_16_bytes(tensor: torch.Tensor) -> bool:
 def launch_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, q_eps: float, k_eps: float,
     angles: Angles, k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
-    out: torch.Tensor, parts: int | None = None,
+    out: torch.Tensor, parts: int,
 ) -> bool:  # fmt: skip
-    """Launch the kernel of clusters for what it :func:`serves`, or tell that the GPU has no room for one; ``parts`` overrides :func:`parts_of`."""
+    """Launch the kernel of clusters for what it :func:`serves`, or tell that the GPU has no room for one.
+
+    ``parts`` is how many of its 16 thread blocks share the slots of a key head of a text, a power of two.
+    """
     batch, key_heads, slots, _ = k_cache.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
-    parts = parts or parts_of(pairs, tiles)
     arguments = (
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out, q_eps, k_eps, scale, pairs, key_heads, slots,
         *(x.stride()[:2] for x in (q, k, v, k_cache, v_cache)), _stride_of(mask), (angles.stride_axis, angles.stride_batch),
@@ -113,12 +105,11 @@ def serves_codes(
 def launch_coded_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, q_eps: float, k_eps: float, angles: Angles,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor, sinks: int,
-    mask: torch.Tensor | None, scale: float, out: torch.Tensor, parts: int | None = None,
+    mask: torch.Tensor | None, scale: float, out: torch.Tensor, parts: int,
 ) -> bool:  # fmt: skip
     """Launch the kernel of clusters for what :func:`serves_codes` allows, as :func:`launch_heads` does."""
     batch, key_heads, slots, _ = k_codes.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
-    parts = parts or min(MAX_PARTS_OF_CODES, parts_of(pairs, tiles))
     kept_tiles = cdiv(cdiv(kept.shape[3], KEYS.value), parts)  # of a CTA
     arguments = (
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start, mask, out, q_eps, k_eps, scale,

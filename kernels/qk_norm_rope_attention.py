@@ -201,11 +201,12 @@ def qk_norm_rope_attention_triton(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
     q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
-    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None,
+    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None, parts: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernels of :func:`qk_norm_rope_attention`; see :func:`plan_launch` for what overrides its choices.
 
-    ``block_m`` must be a multiple of the number of tokens, which take turns in the rows of a program.
+    ``block_m`` must be a multiple of the number of tokens, which take turns in the rows of a program. ``parts`` gives each key head of each text so
+    many thread blocks of a cluster, in one launch (:mod:`heads_attention`); ``ValueError`` if that does not serve.
     """
     out = decode_attention_fake(q)
     if out.numel() == 0:
@@ -215,9 +216,13 @@ def qk_norm_rope_attention_triton(
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     mask = expand_mask(mask, q, k_cache.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
-    if n_splits is block_n is num_warps is block_m is None and serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask):
-        if launch_heads(q, k, v, q_weight, k_weight, q_eps, k_eps, angles, k_cache, v_cache, position, mask, scale, out):
+    if parts is not None:
+        heads = q, k, v, q_weight, k_weight
+        if serves(*heads, angles, (k_cache, v_cache), mask) and launch_heads(
+            *heads, q_eps, k_eps, angles, k_cache, v_cache, position, mask, scale, out, parts
+        ):
             return out
+        raise ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {q.device}; leave it out")
     grid, options = plan_launch(q, k_cache, mask, n_splits, block_n, num_warps, block_m)
     partials = Partials.empty(out, grid[1])
     _qk_norm_rope_attention_kernel[grid](

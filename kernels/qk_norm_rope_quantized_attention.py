@@ -242,12 +242,13 @@ def qk_norm_rope_quantized_attention_triton(
     q_eps: float, k_eps: float, cos: torch.Tensor, sin: torch.Tensor, sections: list[int], interleaved: bool,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
     sinks: int, format: str, mask: torch.Tensor | None, scale: float,
-    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None,
+    n_splits: int | None = None, block_n: int | None = None, num_warps: int | None = None, block_m: int | None = None, parts: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the kernels of :func:`qk_norm_rope_quantized_attention`; see :func:`plan_launch` for what overrides its choices.
 
     ``block_m`` is at most 8, the rows that the tensor cores take at once, and ``block_n`` at least 16. Chosen are all rows of a key head, 32 keys
-    and one warp: with more, a tile goes through shared memory on its way to the tensor cores.
+    and one warp: with more, a tile goes through shared memory on its way to the tensor cores. ``parts`` is that of
+    :func:`qk_norm_rope_attention_triton`.
     """
     out = decode_attention_fake(q)
     if out.numel() == 0:
@@ -255,10 +256,13 @@ def qk_norm_rope_quantized_attention_triton(
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     mask = expand_mask(mask, q, k_codes.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
-    heads, cache = (q, k, v, q_weight, k_weight), (k_codes, v_codes, scales, kept)
-    if n_splits is block_n is num_warps is block_m is None and serves_codes(*heads, angles, *cache, sinks, format, mask):
-        if launch_coded_heads(*heads, q_eps, k_eps, angles, *cache, position, start, sinks, mask, scale, out):
+    if parts is not None:
+        heads, cache = (q, k, v, q_weight, k_weight), (k_codes, v_codes, scales, kept)
+        if serves_codes(*heads, angles, *cache, sinks, format, mask) and launch_coded_heads(
+            *heads, q_eps, k_eps, angles, *cache, position, start, sinks, mask, scale, out, parts
+        ):
             return out
+        raise ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {q.device}; leave it out")
     parsed = Format.parse(format)
     block_m = block_m or min(COLUMNS.value, next_power_of_2(q.shape[1] // k.shape[1]))
     block_n, num_warps = block_n or 32, num_warps or 1

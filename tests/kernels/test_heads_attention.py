@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import poisoned_memory, random_tensor
+from numerics import random_tensor
 from test_qk_norm_rope_attention import check, make_arguments, positions
 
-from qtts_compile.kernels import heads_attention
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.flash_decoding_launch import expand_mask
-from qtts_compile.kernels.heads_attention import RESIDENT, parts_of, serves
+from qtts_compile.kernels.heads_attention import serves
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention_reference, qk_norm_rope_attention_triton
 from qtts_compile.kernels.rotary import as_angles
 
@@ -36,14 +35,9 @@ def arguments_of(texts, key_heads, slots, position, kind="causal", seed=0, varia
 
 
 def with_parts(parts, function, *arguments):
-    """Call with a choice of parts, and assert that the kernel of clusters was launched where there are clusters."""
-    with (
-        mock.patch.object(heads_attention, "parts_of", lambda *_: parts),
-        mock.patch.object(heads_attention, "launch", wraps=heads_attention.launch) as launched,
-    ):
-        result = function(*arguments)
-    assert launched.call_count == clusters.has_clusters(arguments[0][0].device if isinstance(arguments[0], list) else arguments[0].device)
-    return result
+    """Call with so many parts where there are clusters."""
+    device = arguments[0][0].device if isinstance(arguments[0], list) else arguments[0].device
+    return function(*arguments, **({"parts": parts} if clusters.has_clusters(device) else {}))
 
 
 @pytest.mark.parametrize(("texts", "parts"), [(2, 1), (2, 8), (2, 4), (3, 2), (5, 1), (2, 16)])
@@ -137,19 +131,10 @@ def test_parts_of_longer_tensors(device):
         assert torch.equal(cache[:, :, 64:], old[:, :, 64:])
 
 
-def test_a_choice_of_launch_is_for_the_other_kernels(device):
-    arguments = arguments_of(2, 1, 32, 20, device=device)
-    with mock.patch.object(heads_attention, "launch") as launched, poisoned_memory():
-        assert qk_norm_rope_attention_triton(*arguments, n_splits=2).isfinite().all()
-    launched.assert_not_called()
-
-
-@pytest.mark.parametrize(
-    ("pairs", "tiles", "parts"),
-    [(16, 16, 4), (64, 16, 4), (64, 128, 4), (256, 512, 1), (16, 512, 16), (32, 512, 8), (24, 1, 1), (8, 64, 16), (40, 512, 4)],
-)
-def test_how_many_parts(pairs, tiles, parts):
-    assert parts_of(pairs, tiles) == parts and pairs * parts <= RESIDENT
+def test_parts_that_do_not_serve_are_refused(device):
+    arguments = arguments_of(2, 1, 40, 20, device=device)
+    with pytest.raises(ValueError, match="parts=2: kernels of clusters do not serve these arguments on .*; leave it out"):
+        qk_norm_rope_attention_triton(*arguments, parts=2)
 
 
 def moved(tensor):

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from rewriting import count, kernels, rewritten
 
 from qtts_compile.kernels.gemv import MAX_ROWS
-from qtts_compile.kernels.skinny import launch as skinny
 
 K, N = 24, 40
 EPS = 1e-6
@@ -65,29 +64,6 @@ def test_rows_decide(number):
     report, graphs = rewritten(lambda x, w: F.linear(x, w), rows(number), *weights(1))
     assert kernels(report) == ({"norm_linears": 1} if number <= MAX_ROWS else {})
     assert count(graphs.rewritten, "aten.mm") == (number > MAX_ROWS)
-
-
-MORE_ROWS = pytest.mark.parametrize(
-    ("number", "dtype", "width", "are_few"),
-    [
-        (MAX_ROWS + 1, torch.bfloat16, 512, True),
-        (skinny.MAX_ROWS, torch.bfloat16, 512, True),
-        (skinny.MAX_ROWS + 1, torch.bfloat16, 512, False),
-        (MAX_ROWS + 1, torch.float16, 512, False),
-        (MAX_ROWS + 1, torch.bfloat16, 520, False),
-    ],
-)
-
-
-@MORE_ROWS
-def test_tensor_cores_take_more_rows(monkeypatch, number, dtype, width, are_few):
-    monkeypatch.setattr(skinny, "has_tensor_cores", lambda device: True)
-    report, _ = rewritten(lambda x, w: F.linear(x, w), rows(number, dtype, width), *weights(1, dtype, k=width))
-    assert kernels(report) == ({"norm_linears": 1} if are_few else {})
-
-
-def test_more_rows_need_tensor_cores():
-    assert kernels(rewritten(lambda x, w: F.linear(x, w), rows(17, torch.bfloat16, 512), *weights(1, torch.bfloat16, k=512))[0]) == {}
 
 
 def test_a_symbol_of_rows_is_left_to_the_library():
@@ -183,14 +159,6 @@ def test_a_linear_layer_of_embedded_tokens_reads_the_table(number, dtype):
     report, graphs = rewritten(lambda t, e, w, b: F.linear(F.embedding(t, e), w, b), tokens, table, *weights(1, dtype), bias)
     assert kernels(report) == ({"embedding_linear": 1} if number <= MAX_ROWS else {})
     assert count(graphs.rewritten, "aten.embedding") == (number > MAX_ROWS)
-
-
-@MORE_ROWS
-def test_tensor_cores_look_up_more_rows(monkeypatch, number, dtype, width, are_few):
-    monkeypatch.setattr(skinny, "has_tensor_cores", lambda device: True)
-    tokens, table = torch.randint(30, (number,)), torch.randn(30, width).to(dtype)
-    report, _ = rewritten(lambda t, e, w: F.linear(F.embedding(t, e), w), tokens, table, *weights(1, dtype, k=width))
-    assert kernels(report) == ({"embedding_linear": 1} if are_few else {})
 
 
 def test_an_embedding_that_is_read_elsewhere_too_stays_and_is_not_waited_for():
