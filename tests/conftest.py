@@ -36,8 +36,10 @@ hypothesis.settings.load_profile("qtts")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; run with -m gpu")
-    config.option.markexpr = config.option.markexpr or "not gpu"
-    if config.pluginmanager.has_plugin("tests.ptx.plugin"):  # which runs what Triton compiles
+    config.addinivalue_line("markers", "ptx: what Triton's interpreter cannot run; run with -p tests.ptx.plugin or -m gpu")
+    is_simulated = config.pluginmanager.has_plugin("tests.ptx.plugin")  # which runs what Triton compiles
+    config.option.markexpr = config.option.markexpr or ("not gpu" if is_simulated else "not gpu and not ptx")
+    if is_simulated:
         return
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from numerics import assert_accurate, poisoned_memory, random_tensor, rotations, seeds
 
 from qtts_compile.kernels.embedding_linear import embedding_linear_reference, embedding_linear_triton
-from qtts_compile.kernels.interpreted import IS_INTERPRETED
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.linear_add import linear_add_reference, linear_add_triton
 from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linears_triton
@@ -116,10 +115,10 @@ def test_looked_up_rows_are_as_accurate_as_eager(device, count, entries, size, h
     assert_accurate(y, oracle, embedding_linear_reference(tokens, table, more, bias), leading=True)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("token", [-1, 4, 2**40])
-def test_a_token_outside_the_table_trips_an_assert_and_reads_nothing_outside(device, token):
-    if device == "cuda" or IS_INTERPRETED:
-        pytest.skip("after an assert a process cannot use its GPU any more, and without a GPU this kernel runs on PTX alone")
+def test_a_token_outside_the_table_trips_an_assert_and_reads_nothing_outside(token):
+    """Here alone: after an assert a process cannot use its GPU any more."""
     table, weight = torch.ones(4, 512).bfloat16(), torch.ones(16, 512).bfloat16()
     arguments = torch.tensor([token]), table, weight, None, Launch(8, 16, 256, 8)
     with pytest.raises(DeviceAssert):

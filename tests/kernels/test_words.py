@@ -1,4 +1,4 @@
-"""Instructions on words of two numbers, on a GPU or on PTX (-p tests.ptx.plugin)."""
+"""Instructions on words of two numbers."""
 
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 # Gluon's types do not know how a kernel is launched, and its tensors' operators.
@@ -10,7 +10,6 @@ from numerics import seeds
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.interpreted import IS_INTERPRETED
 from qtts_compile.kernels.ptx.words import multiply_pairs
 
 SIZE = 4096
@@ -23,7 +22,7 @@ def _multiply_kernel(X_ptr, Y_ptr, Z_ptr, SIZE: gl.constexpr):
     gl.store(Z_ptr + numbers, multiply_pairs(gl.load(X_ptr + numbers), gl.load(Y_ptr + numbers)))
 
 
-@pytest.mark.skipif(IS_INTERPRETED, reason="it is PTX")
+@pytest.mark.ptx
 @given(seeds)
 def test_pairs_are_multiplied_as_by_float32_bit_for_bit(device, seed):
     bits = torch.randint(2**16, (2, 2 * SIZE), generator=torch.Generator().manual_seed(seed))
