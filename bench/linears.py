@@ -127,22 +127,21 @@ def call_library(case: Case, x: torch.Tensor, *others: Any) -> Any:
 
 def shape_of(case: Case, rows: int) -> Shape:
     """Return the shape under which a table has the launch of a case."""
-    numbers = "16 bit" if case.op == "embedding_linear" and rows == 1 else SERVED
-    return Shape(case.op, numbers, case.outputs, case.width, triton.next_power_of_2(rows))
+    return Shape(case.op, SERVED, case.outputs, case.width, triton.next_power_of_2(rows))
 
 
 def chosen_launch(case: Case, rows: int) -> Launch:
     """Return what the kernel of a case is launched with on this GPU."""
-    return lookup(shape_of(case, rows), torch.device("cuda", 0)) or choose_launch(rows, *_dimensions(case, rows))
+    return lookup(shape_of(case, rows), torch.device("cuda", 0)) or choose_launch(rows, *_dimensions(case))
 
 
 def tried_launches(case: Case, rows: int) -> list[Launch]:
     """Return what a search of the case tries."""
-    return candidates(rows, *_dimensions(case, rows))
+    return candidates(rows, *_dimensions(case))
 
 
-def _dimensions(case: Case, rows: int) -> tuple[int, int, torch.dtype, int, bool]:
-    return case.outputs, case.width, torch.bfloat16, case.matrices, shape_of(case, rows).numbers == SERVED
+def _dimensions(case: Case) -> tuple[int, int, torch.dtype, int, bool]:
+    return case.outputs, case.width, torch.bfloat16, case.matrices, True
 
 
 def compile_launch(job: tuple[tuple[int, int], Case, int, Launch]) -> bool:

@@ -29,7 +29,7 @@ from bench.compiling import compiling_only
 from bench.machine import describe
 from qtts_compile.kernels import flash_decoding_launch
 from qtts_compile.kernels.clusters.memory import KEYS
-from qtts_compile.kernels.heads_attention import MAX_TEXTS
+from qtts_compile.kernels.heads_attention import MAX_TEXTS, PARTS, PARTS_OF_CODES
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention, qk_norm_rope_attention_triton
 from qtts_compile.kernels.qk_norm_rope_quantized_attention import (
     qk_norm_rope_quantized_attention,
@@ -134,7 +134,7 @@ def candidates(name: str, case: Case, batch: int, sms: int) -> Iterator[Launch]:
 def parts(name: str, slots: int, batch: int) -> Iterator[Launch]:
     """Yield as launch parameters how many thread blocks of a cluster may attend for each key head, each to 16 slots or more."""
     if name in ("bf16", "int4") and 2 <= batch <= MAX_TEXTS:
-        for n_parts in (1, 2, 4, 8, 16) if name == "bf16" else (1, 2, 4, 8):
+        for n_parts in PARTS if name == "bf16" else PARTS_OF_CODES:
             if n_parts * KEYS.value <= slots:
                 yield dict(parts=n_parts)
 

@@ -87,7 +87,7 @@ def embedding_linear_triton(
     is_served = skinny.serves(table, None, [weight], tokens)
     if rows > MAX_ROWS and not is_served:
         return embedding_linear_reference(tokens, table, weight, bias)
-    launch = launch or launch_of("embedding_linear", rows, [weight], outputs, run, is_served and rows > 1)
+    launch = launch or launch_of("embedding_linear", rows, [weight], outputs, run, is_served)
     if is_served and skinny.is_skinny(launch):
         skinny.launch_skinny(table, None, [weight], [bias], None, [y], 0.0, launch, tokens=tokens.contiguous())
         return y

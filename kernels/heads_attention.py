@@ -16,6 +16,7 @@ from qtts_compile.kernels.rotary import Angles
 from qtts_compile.kernels.sizes import cdiv
 
 MAX_TEXTS = 32
+PARTS, PARTS_OF_CODES = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # of the CTAs of a cluster, for a key head of a text
 # Whether a warp that has several tiles requests the next before it attends to one: that takes more registers, so that fewer CTAs are resident.
 IS_AHEAD, IS_AHEAD_OF_CODES = False, True
 LOOKED_AT = 16 * 32 * clusters.WARPS  # bytes of a mask by a CTA at once
@@ -59,14 +60,18 @@ def _lie_at_16_bytes(tensor: torch.Tensor) -> bool:
 
 
 def launch_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, q_eps: float, k_eps: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q_eps: float, k_eps: float,
     angles: Angles, k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
     out: torch.Tensor, parts: int,
-) -> bool:  # fmt: skip
-    """Launch the kernel of clusters for what it :func:`serves`, or tell that the GPU has no room for one.
+) -> torch.Tensor:  # fmt: skip
+    """Launch the kernel of clusters, of whose 16 thread blocks ``parts`` share the slots of a key head of a text, and return ``out``.
 
-    ``parts`` is how many of its 16 thread blocks share the slots of a key head of a text, a power of two.
+    Raises:
+        ValueError: if it does not serve the arguments or the GPU has no room for a cluster, or for a number of parts that is not one of ``PARTS``.
     """
+    if not serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask):
+        raise _not_served(parts, q.device)
+    _check_parts(parts, PARTS)
     batch, key_heads, slots, _ = k_cache.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
     arguments = (
@@ -74,12 +79,23 @@ def launch_heads(
         *(x.stride()[:2] for x in (q, k, v, k_cache, v_cache)), _stride_of(mask), (angles.stride_axis, angles.stride_batch),
     )  # fmt: skip
     constants = dict(PARTS=parts, TILES=_most_tiles(tiles, parts), IS_AHEAD=IS_AHEAD, SHARED_BYTES=END_OF_COLUMNS.value)
-    return _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)
+    _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)
+    return out
 
 
-def _launch(kernel: Any, pairs: int, device: torch.device, arguments: tuple[Any, ...], angles: Angles, slots: int, constants: dict[str, Any]) -> bool:
+def _check_parts(parts: int, allowed: tuple[int, ...]) -> None:
+    if parts not in allowed:
+        raise ValueError(f"parts={parts}: give one of {', '.join(map(str, allowed))}")
+
+
+def _not_served(parts: int, device: torch.device) -> ValueError:
+    return ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {device}; leave it out")
+
+
+def _launch(kernel: Any, pairs: int, device: torch.device, arguments: tuple[Any, ...], angles: Angles, slots: int, constants: dict[str, Any]) -> None:
     n_clusters = cdiv(pairs * constants["PARTS"], clusters.CTAS)
-    return launch(kernel, n_clusters, device, arguments, LOOKS=cdiv(slots, LOOKED_AT), **constants, **angles.constants)
+    if not launch(kernel, n_clusters, device, arguments, LOOKS=cdiv(slots, LOOKED_AT), **constants, **angles.constants):
+        raise _not_served(constants["PARTS"], device)
 
 
 def _most_tiles(tiles: int, parts: int) -> int:
@@ -103,11 +119,15 @@ def serves_codes(
 
 
 def launch_coded_heads(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor, q_eps: float, k_eps: float, angles: Angles,
-    k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor, sinks: int,
-    mask: torch.Tensor | None, scale: float, out: torch.Tensor, parts: int,
-) -> bool:  # fmt: skip
-    """Launch the kernel of clusters for what :func:`serves_codes` allows, as :func:`launch_heads` does."""
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q_eps: float, k_eps: float,
+    angles: Angles,
+    k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
+    sinks: int, format: str, mask: torch.Tensor | None, scale: float, out: torch.Tensor, parts: int,
+) -> torch.Tensor:  # fmt: skip
+    """Launch the kernel of clusters over codes as :func:`launch_heads` does, with one of ``PARTS_OF_CODES``."""
+    if not serves_codes(q, k, v, q_weight, k_weight, angles, k_codes, v_codes, scales, kept, sinks, format, mask):
+        raise _not_served(parts, q.device)
+    _check_parts(parts, PARTS_OF_CODES)
     batch, key_heads, slots, _ = k_codes.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
     kept_tiles = cdiv(cdiv(kept.shape[3], KEYS.value), parts)  # of a CTA
@@ -120,4 +140,5 @@ def launch_coded_heads(
         PARTS=parts, TILES=_most_tiles(tiles, parts), KEPT_TILES=kept_tiles, IS_AHEAD=IS_AHEAD_OF_CODES, SINKS=sinks,
         WINDOW=kept.shape[3] - sinks, SHARED_BYTES=END_OF_COLUMNS.value + (kept_tiles - 1) * BYTES_OF_TILE.value,
     )  # fmt: skip
-    return _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)
+    _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)
+    return out

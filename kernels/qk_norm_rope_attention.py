@@ -27,7 +27,7 @@ from qtts_compile.kernels.flash_decoding import (
     store_rows,
 )
 from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, mask_strides, plan_launch
-from qtts_compile.kernels.heads_attention import launch_heads, serves
+from qtts_compile.kernels.heads_attention import launch_heads
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_rotate import load_angles, load_head, load_weight, norm_rotate
@@ -206,7 +206,7 @@ def qk_norm_rope_attention_triton(
     """Launch the kernels of :func:`qk_norm_rope_attention`; see :func:`plan_launch` for what overrides its choices.
 
     ``block_m`` must be a multiple of the number of tokens, which take turns in the rows of a program. ``parts`` gives each key head of each text so
-    many thread blocks of a cluster, in one launch (:mod:`heads_attention`); ``ValueError`` if that does not serve.
+    many thread blocks of a cluster, in one launch (:func:`launch_heads`), whatever the others are.
     """
     out = decode_attention_fake(q)
     if out.numel() == 0:
@@ -217,12 +217,7 @@ def qk_norm_rope_attention_triton(
     mask = expand_mask(mask, q, k_cache.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
     if parts is not None:
-        heads = q, k, v, q_weight, k_weight
-        if serves(*heads, angles, (k_cache, v_cache), mask) and launch_heads(
-            *heads, q_eps, k_eps, angles, k_cache, v_cache, position, mask, scale, out, parts
-        ):
-            return out
-        raise ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {q.device}; leave it out")
+        return launch_heads(q, k, v, q_weight, k_weight, q_eps, k_eps, angles, k_cache, v_cache, position, mask, scale, out, parts)
     grid, options = plan_launch(q, k_cache, mask, n_splits, block_n, num_warps, block_m)
     partials = Partials.empty(out, grid[1])
     _qk_norm_rope_attention_kernel[grid](

@@ -24,7 +24,7 @@ from qtts_compile.kernels.flash_decoding import (
     store_rows,
 )
 from qtts_compile.kernels.flash_decoding_launch import Partials, expand_mask, have_room, mask_strides, plan_launch
-from qtts_compile.kernels.heads_attention import launch_coded_heads, serves_codes
+from qtts_compile.kernels.heads_attention import launch_coded_heads
 from qtts_compile.kernels.kv_write import assert_in_cache, cache_row
 from qtts_compile.kernels.library import define_op
 from qtts_compile.kernels.norm_rotate import load_angles, load_head, load_weight, norm_rotate
@@ -258,11 +258,7 @@ def qk_norm_rope_quantized_attention_triton(
     angles = as_angles(cos, sin, sections, interleaved)
     if parts is not None:
         heads, cache = (q, k, v, q_weight, k_weight), (k_codes, v_codes, scales, kept)
-        if serves_codes(*heads, angles, *cache, sinks, format, mask) and launch_coded_heads(
-            *heads, q_eps, k_eps, angles, *cache, position, start, sinks, mask, scale, out, parts
-        ):
-            return out
-        raise ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {q.device}; leave it out")
+        return launch_coded_heads(*heads, q_eps, k_eps, angles, *cache, position, start, sinks, format, mask, scale, out, parts)
     parsed = Format.parse(format)
     block_m = block_m or min(COLUMNS.value, next_power_of_2(q.shape[1] // k.shape[1]))
     block_n, num_warps = block_n or 32, num_warps or 1

@@ -27,7 +27,7 @@ from qtts_compile.kernels.clusters.instructions import (
 from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.kept_tiles import are_kept_live, attend_to_kept, place_in_kept, request_kept
 from qtts_compile.kernels.clusters.live import deal, end_of_codes, row_of
-from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_PARTIAL, CODE_ROW, GROUP, HEAD, KEYS, N_WARPS, ROW
+from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_PARTIAL, CODE_ROW, HEAD, KEYS, N_WARPS, ROW
 from qtts_compile.kernels.clusters.rotation import store_signs
 from qtts_compile.kernels.clusters.texts import any_seen, look_behind, place_of, store_looks
 from qtts_compile.kernels.clusters.tiles import places
@@ -66,10 +66,7 @@ def coded_heads_attention_kernel(
     wait_for_inputs(HAS_PDL)
 
     # All that is known to be needed is requested together, to wait for memory once. Of the row that is written nothing is used, whatever was read.
-    Q_ptr += text * q_strides[0] + GROUP * k_head * q_strides[1]
-    K_ptr += text * k_strides[0] + k_head * k_strides[1]
-    V_ptr += text * v_strides[0] + k_head * v_strides[1]
-    a, b = load_heads(Q_ptr, K_ptr, V_ptr, q_strides[1])
+    a, b = load_heads(Q_ptr, K_ptr, V_ptr, text, k_head, q_strides, k_strides, v_strides)
     request_angles(base, Cos_ptr + text * angle_strides[1], Sin_ptr + text * angle_strides[1], angle_strides[0], AXES)
     K_kept_ptr = Kept_ptr + text * kept_strides[1] + k_head * kept_strides[2]
     V_kept_ptr = K_kept_ptr + kept_strides[0]

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.clusters.instructions import request_bytes
-from qtts_compile.kernels.clusters.memory import ARRIVED, COS, HEAD, HEAD_WEIGHTS, K_TILE, KEYS, Q_HEADS, ROW, ROWS, SIN, V_TILE, linear_layout
+from qtts_compile.kernels.clusters.memory import ARRIVED, COS, GROUP, HEAD, HEAD_WEIGHTS, K_TILE, KEYS, Q_HEADS, ROW, ROWS, SIN, V_TILE, linear_layout
 from qtts_compile.kernels.ptx.global_memory import as_words, store_global
 from qtts_compile.kernels.ptx.shared_memory import load_shared, load_shared_half, store_shared
 from qtts_compile.kernels.ptx.words import high, low, pack
@@ -80,12 +80,15 @@ def rotate_heads(base, q_eps, k_eps, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED:
 
 
 @gluon.jit
-def load_heads(Q_ptr, K_ptr, V_ptr, q_stride_h):
-    """Load the words of both halves of two queries, a key and a value, from where the first of each begins."""
+def load_heads(Q_ptr, K_ptr, V_ptr, text, k_head, q_strides, k_strides, v_strides):
+    """Load the words of both halves of two queries, a key and a value, of a text and a key head."""
+    Q_ptr += text * q_strides[0] + GROUP * k_head * q_strides[1]
+    K_ptr += text * k_strides[0] + k_head * k_strides[1]
+    V_ptr += text * v_strides[0] + k_head * v_strides[1]
     layout: gl.constexpr = roles_layout()
     role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
     word = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
-    head_ptrs = gl.where(role < 2, as_words(Q_ptr + role * q_stride_h), gl.where(role == 2, as_words(K_ptr), as_words(V_ptr)))
+    head_ptrs = gl.where(role < 2, as_words(Q_ptr + role * q_strides[1]), gl.where(role == 2, as_words(K_ptr), as_words(V_ptr)))
     ptrs = head_ptrs[:, None] + word[None, :]
     return gl.load(ptrs), gl.load(ptrs + HEAD // 4)
 

@@ -25,7 +25,7 @@ from qtts_compile.kernels.clusters.instructions import (
 )
 from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.live import deal, row_of
-from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_PARTIAL, GROUP, KEYS, N_WARPS, PADDED_HEAD, ROW
+from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_PARTIAL, KEYS, N_WARPS, PADDED_HEAD, ROW
 from qtts_compile.kernels.clusters.texts import any_seen, look_behind, place_of, store_looks
 from qtts_compile.kernels.clusters.tiles import places
 from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
@@ -58,10 +58,7 @@ def heads_attention_kernel(
     wait_for_inputs(HAS_PDL)
 
     # All that is known to be needed is requested together, to wait for memory once.
-    Q_ptr += text * q_strides[0] + GROUP * k_head * q_strides[1]
-    K_ptr += text * k_strides[0] + k_head * k_strides[1]
-    V_ptr += text * v_strides[0] + k_head * v_strides[1]
-    a, b = load_heads(Q_ptr, K_ptr, V_ptr, q_strides[1])
+    a, b = load_heads(Q_ptr, K_ptr, V_ptr, text, k_head, q_strides, k_strides, v_strides)
     request_angles(base, Cos_ptr + text * angle_strides[1], Sin_ptr + text * angle_strides[1], angle_strides[0], AXES)
     K_cache_ptr += text * k_cache_strides[0] + k_head * k_cache_strides[1]
     V_cache_ptr += text * v_cache_strides[0] + k_head * v_cache_strides[1]

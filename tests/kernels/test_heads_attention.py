@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import random_tensor
+from test_norm_qkv_attention import moved
 from test_qk_norm_rope_attention import check, make_arguments, positions
 
 from qtts_compile.kernels.clusters import device as clusters
@@ -137,9 +138,11 @@ def test_parts_that_do_not_serve_are_refused(device):
         qk_norm_rope_attention_triton(*arguments, parts=2)
 
 
-def moved(tensor):
-    """Return a copy two bytes off where it would lie by itself."""
-    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+@pytest.mark.parametrize("parts", [0, 3, 32])
+def test_parts_that_a_cluster_does_not_have_are_refused(monkeypatch, parts):
+    monkeypatch.setattr(clusters, "has_clusters", lambda device: True)
+    with pytest.raises(ValueError, match=f"parts={parts}: give one of 1, 2, 4, 8, 16"):
+        qk_norm_rope_attention_triton(*arguments_of(2, 1, 32, 20), parts=parts)
 
 
 @pytest.mark.parametrize(

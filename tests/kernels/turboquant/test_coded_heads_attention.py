@@ -11,7 +11,8 @@ import torch
 from buffers import Buffers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_heads_attention import MROPE, VARIANTS, moved, with_parts
+from test_heads_attention import MROPE, VARIANTS, with_parts
+from test_norm_qkv_attention import moved
 from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_quantized_attention import check, make_arguments
 
