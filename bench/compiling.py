@@ -50,6 +50,7 @@ def compiling_only(capability: tuple[int, int], limit_s: int) -> Iterator[None]:
             mock.patch.object(skinny, "has_tensor_cores", lambda device: capability >= (8, 0)),
             mock.patch.object(clusters, "has_clusters", lambda device: capability == clusters.HOPPER),
             mock.patch.object(clusters, "have_room", lambda device, compile_kernel: True),
+            mock.patch.object(clusters, "divide_memory", lambda kernel: None),
         ):
             yield
     finally:

@@ -1,9 +1,10 @@
 """Time decoder layers one after the other, as they stand in a frame, at the published shapes, for one text or several together.
 
 Run: ``python -m bench.layers [--stacks talker predictor] [--texts TEXTS ...] [--kv-cache bf16 int4 ...] [--slots SLOTS ...] [--positions TOKENS ...]
-[--search] [--table FILE] [--json FILE]``. A kernel overlaps with its neighbours, so that what is fastest alone (bench.linears,
+[--search] [--parts] [--table FILE] [--json FILE]``. A kernel overlaps with its neighbours, so that what is fastest alone (bench.linears,
 bench.quantized_attention) need not be fastest here: ``--search`` tries each linear kernel's launches in their place, over all caches and positions
-asked for, and ``--table`` writes this GPU's table for kernels/launches with what it found. The layers' weights together exceed the L2 cache.
+asked for, and ``--table`` writes this GPU's table for kernels/launches with what it found. ``--parts`` tries attention of several texts by
+kernels of clusters with each number of parts. The layers' weights together exceed the L2 cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,7 +27,7 @@ import triton
 from bench.attention import Case as AttentionCase
 from bench.linears import CASES, Case, chosen_launch, compile_launch, shape_of, tried_launches
 from bench.machine import describe
-from bench.quantized_attention import build_arguments, kernel_of, write_prompt
+from bench.quantized_attention import build_arguments, kernel_of, parts, write_prompt
 from bench.reads import copy_bandwidth
 from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, tiles_in_flight
 from qtts_compile.kernels.launch_search import microseconds
@@ -47,6 +48,7 @@ SEARCH_ROUNDS = 5  # of a launch that may turn out slow
 NOISE_US = 0.03  # of a layer
 GIVE_UP_US = 0.2  # of a layer: by so much a launch may be slower over some caches and win over others
 TRIED_BYTES = (128, 192, 256, 384, 512)  # of each thread, of weights in flight
+NO_LAUNCH: Mapping[str, Any] = {}
 Layers = Sequence[Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -68,9 +70,9 @@ STACKS = {
 }
 
 
-def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callable[..., torch.Tensor]:
+def build_attention(stack: Stack, kv_cache: str, device: str = "cuda", launch: Mapping[str, Any] = NO_LAUNCH) -> Callable[..., torch.Tensor]:
     """Return attention over a cache with a random prompt: ``[texts, heads, 1, WIDTH]`` of x ``[texts, hidden]``, its norm's weight, the projections,
-    and two weights to prefetch where one operator computes all this."""
+    and two weights to prefetch where one operator computes all this. That of several texts is launched with what ``launch`` holds at each call."""
     case = AttentionCase("", stack.slots, stack.position, stack.sections)
     sets = build_arguments(kv_cache, case, stack.texts, device, copies=1)
     write_prompt(kv_cache, case, sets)
@@ -81,13 +83,13 @@ def build_attention(stack: Stack, kv_cache: str, device: str = "cuda") -> Callab
 
     def projected(x: torch.Tensor, norm: torch.Tensor, projections: list[torch.Tensor], prefetch: object = None) -> torch.Tensor:
         states = norm_linears(x, norm, projections, [None] * 3, EPS)
-        return attend(*(state.view(stack.texts, 1, -1, WIDTH).transpose(1, 2) for state in states), *rest)
+        return attend(*(state.view(stack.texts, 1, -1, WIDTH).transpose(1, 2) for state in states), *rest, **launch)
 
     return projected
 
 
-def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a layer with random weights, a function of ``[texts, hidden]``."""
+def build_layer(stack: Stack, kv_cache: str = "bf16", launch: Mapping[str, Any] = NO_LAUNCH) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a layer with random weights, a function of ``[texts, hidden]``; ``launch`` is that of :func:`build_attention`."""
     new = partial(torch.randn, dtype=torch.bfloat16, device="cuda")
 
     def weight(outputs: int, width: int) -> torch.Tensor:
@@ -95,7 +97,7 @@ def build_layer(stack: Stack, kv_cache: str = "bf16") -> Callable[[torch.Tensor]
 
     projections = [weight(heads * WIDTH, stack.hidden) for heads in (HEADS, HEADS // 2, HEADS // 2)]
     out, gate, up = weight(stack.hidden, HEADS * WIDTH), weight(stack.inner, stack.hidden), weight(stack.inner, stack.hidden)
-    down, norms, attend = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), build_attention(stack, kv_cache)
+    down, norms, attend = weight(stack.hidden, stack.inner), (new(stack.hidden), new(stack.hidden)), build_attention(stack, kv_cache, launch=launch)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         x = linear_add_triton(attend(x, norms[0], projections, [gate, up]).transpose(1, 2).reshape(len(x), -1), out, None, x)
@@ -128,6 +130,16 @@ def measure(layers: Layers, x: torch.Tensor, rounds: int = ROUNDS) -> float:
         return y
 
     return median(microseconds(run, [(x,)], rounds)) / len(layers)
+
+
+def try_parts(layers: Layers, x: torch.Tensor, launch: dict[str, Any], tried: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return the microseconds of a layer by the parts that attention is shared into, of layers that were built with ``launch``."""
+    us = {}
+    for each in tried:
+        launch |= each
+        us[str(each["parts"])] = min(measure(layers, x) for _ in range(2))
+    launch.clear()
+    return us
 
 
 def search(name: str, parts: Sequence[str], variants: Sequence[Layers], x: torch.Tensor, compiled: set[tuple[Case, Launch]]) -> dict[str, Launch]:
@@ -168,6 +180,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--positions", nargs="+", type=int, default=[STACKS["talker"].position], metavar="TOKENS", help="of the talker")
     parser.add_argument("--slots", nargs="+", type=int, default=[STACKS["talker"].slots], help="of the talker's cache (default: %(default)s)")
     parser.add_argument("--search", action="store_true", help="try other launches of the linear kernels first")
+    parser.add_argument("--parts", action="store_true", help="try attention of several texts by kernels of clusters with each number of parts")
     parser.add_argument("--table", type=Path, help="where to write the launches found, with all others that are shipped for this GPU")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
@@ -202,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "rows": []}
     result["command"] = "python -m bench.layers " + " ".join(argv or sys.argv[1:])
     for (name, texts), variants in arguments.variants.items():
-        built = [[build_layer(stack, kv_cache) for _ in range(stack.layers)] for stack, kv_cache in variants]
+        launch: dict[str, Any] = {}
+        built = [[build_layer(stack, kv_cache, launch) for _ in range(stack.layers)] for stack, kv_cache in variants]
         x = torch.randn(texts, STACKS[name].hidden, dtype=torch.bfloat16, device="cuda")
         times = [[min(measure(layers, x) for _ in range(5))] for layers in built]
         if arguments.search:
@@ -212,12 +226,15 @@ def main(argv: list[str] | None = None) -> None:
                 us.append(min(measure(layers, x) for _ in range(5)))
         floor = sum(case_of(name, part).weight_bytes for part in PARTS) / copy_bandwidth() / 1e6
         launches = {part: chosen_launch(case_of(name, part), texts) for part in PARTS}
-        for (stack, kv_cache), us in zip(variants, times, strict=True):
+        for (stack, kv_cache), layers, us in zip(variants, built, times, strict=True):
             place = dict(stack=name, texts=texts, layers=stack.layers, slots=stack.slots, position=stack.position, kv_cache=kv_cache)
             result["rows"].append(place | dict(us=us, floor_us=floor, launches=launches))
             timed = " -> ".join(f"{value:.2f}" for value in us)
             where = f"{name:10} x {texts:2} {kv_cache:5} {stack.slots:5} {stack.position:5}"
             print(f"{where} {timed} us a layer; its weights can be read in {floor:.2f}", flush=True)
+            if arguments.parts and (by_parts := try_parts(layers, x, launch, parts(kv_cache, stack.slots, texts))):
+                result["rows"][-1]["parts_us"] = by_parts
+                print(f"{'':10} by parts: {', '.join(f'{n} {value:.2f}' for n, value in by_parts.items())}", flush=True)
         del built
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))

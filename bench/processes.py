@@ -161,7 +161,7 @@ class Bench:
         except subprocess.TimeoutExpired:
             _kill(process)
             process.wait()
-            fault = f"stopped after {limit:g} s{place(log_path.read_text(errors='replace'))}"
+            fault = f"stopped after the {limit:g} s that its process had{place(log_path.read_text(errors='replace'))}"
         self._running.remove(process)
         self._keep([json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else [])
         if fault:

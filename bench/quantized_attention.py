@@ -132,9 +132,9 @@ def candidates(name: str, case: Case, batch: int, sms: int) -> Iterator[Launch]:
 
 
 def parts(name: str, slots: int, batch: int) -> Iterator[Launch]:
-    """Yield as launch parameters how many thread blocks of a cluster may attend for each key head, each to 16 slots or more."""
+    """Yield as launch parameters how many thread blocks of a cluster may attend for each key head, each to 16 slots or more; 0 is for no cluster."""
     if name in ("bf16", "int4") and 2 <= batch <= MAX_TEXTS:
-        for n_parts in PARTS if name == "bf16" else PARTS_OF_CODES:
+        for n_parts in (0, *(PARTS if name == "bf16" else PARTS_OF_CODES)):
             if n_parts * KEYS.value <= slots:
                 yield dict(parts=n_parts)
 

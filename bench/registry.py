@@ -224,12 +224,11 @@ def chosen(names: Sequence[str], jobs: Mapping[str, Job] = ROWS) -> dict[str, Jo
 
 
 def modes_named(names: Sequence[str]) -> list[str]:
-    """Return the modes that these names and names of groups stand for.
+    """Return the modes that these names and names of groups stand for, in the order of the names: what a budget is too small for comes last.
 
     Raises ValueError for an unknown name.
     """
     for name in names:
         if name not in MODES and name not in GROUPS:
             raise ValueError(f"no mode is called {name!r}; there are {', '.join(MODES)}, and the groups {', '.join(GROUPS)}")
-    wanted = {mode for name in names for mode in GROUPS.get(name, [name])}
-    return [name for name in MODES if name in wanted]
+    return list(dict.fromkeys(mode for name in names for mode in GROUPS.get(name, [name])))

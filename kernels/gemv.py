@@ -19,13 +19,18 @@ from qtts_compile.kernels.rms_norm import check_rms_norm
 from qtts_compile.kernels.rows import with_unit_stride
 from qtts_compile.kernels.skinny import launch as skinny
 
-MAX_ROWS = 16  # of these kernels, beyond which PyTorch multiplies what :mod:`skinny` does not serve
+MAX_ROWS = 16  # of these kernels; the tensor cores' kernel takes more
 WIDE = tl.constexpr(1024)  # columns, beyond which _multiply_one_by_one makes sure that all tiles of x are requested at once
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:
     """Return ``x`` ``[..., K]`` as ``[M, K]`` with contiguous rows; it is copied only if its layout needs that."""
     return with_unit_stride(x.reshape(-1, x.shape[-1]))
+
+
+def most_rows(dtype: torch.dtype, width: int, device: torch.device) -> int:
+    """Return how many rows of a width kernels multiply; PyTorch multiplies more."""
+    return skinny.MAX_ROWS if skinny.serves_rows_of(dtype, width, device) else MAX_ROWS
 
 
 def check_rows(x: torch.Tensor) -> None:

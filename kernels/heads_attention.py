@@ -1,6 +1,6 @@
-"""Attention of one new token of each of several texts by kernels of clusters, in one launch.
+"""Attention of one new token of each of several texts by kernels of clusters, in one launch, where that is faster than the kernels of one block.
 
-Operators launch it where their ``parts`` ask for it, as no measurement tells yet where it is faster: ``python -m bench.quantized_attention --parts``.
+Measured on an H200, in layers of 2, 4, 8, 16 and 32 texts over 256, 2048 and 8192 slots.
 """
 
 from typing import Any
@@ -17,8 +17,9 @@ from qtts_compile.kernels.sizes import cdiv
 
 MAX_TEXTS = 32
 PARTS, PARTS_OF_CODES = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # of the CTAs of a cluster, for a key head of a text
-# Whether a warp that has several tiles requests the next before it attends to one: that takes more registers, so that fewer CTAs are resident.
-IS_AHEAD, IS_AHEAD_OF_CODES = False, True
+# Over fewer slots, or of more texts, the kernels of one block are faster.
+MIN_CHOSEN_SLOTS, MAX_CHOSEN_PAIRS = 256, 128  # of texts and key heads
+RESIDENT, RESIDENT_OF_CODES = 512, 256  # CTAs: about what an H200 has room for, of those over codes half, as they take longer
 LOOKED_AT = 16 * 32 * clusters.WARPS  # bytes of a mask by a CTA at once
 
 
@@ -62,40 +63,66 @@ def _lie_at_16_bytes(tensor: torch.Tensor) -> bool:
 def launch_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q_eps: float, k_eps: float,
     angles: Angles, k_cache: torch.Tensor, v_cache: torch.Tensor, position: torch.Tensor, mask: torch.Tensor | None, scale: float,
-    out: torch.Tensor, parts: int,
-) -> torch.Tensor:  # fmt: skip
-    """Launch the kernel of clusters, of whose 16 thread blocks ``parts`` share the slots of a key head of a text, and return ``out``.
+    out: torch.Tensor, parts: int | None,
+) -> bool:  # fmt: skip
+    """Launch the kernel of clusters, of whose 16 thread blocks ``parts`` share the slots of a key head of a text, and tell whether it was launched.
+
+    With None it is launched where it serves the arguments and is faster, with as many parts as :func:`choose_parts` chooses; with 0 it is not.
 
     Raises:
-        ValueError: if it does not serve the arguments or the GPU has no room for a cluster, or for a number of parts that is not one of ``PARTS``.
+        ValueError: if parts are asked for and it does not serve the arguments or the GPU has no room for a cluster, or they are not of ``PARTS``.
     """
-    if not serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask):
-        raise _not_served(parts, q.device)
-    _check_parts(parts, PARTS)
     batch, key_heads, slots, _ = k_cache.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
+    is_served = serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask)
+    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS, RESIDENT, q.device)):
+        return False
     arguments = (
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out, q_eps, k_eps, scale, pairs, key_heads, slots,
         *(x.stride()[:2] for x in (q, k, v, k_cache, v_cache)), _stride_of(mask), (angles.stride_axis, angles.stride_batch),
     )  # fmt: skip
-    constants = dict(PARTS=parts, TILES=_most_tiles(tiles, parts), IS_AHEAD=IS_AHEAD, SHARED_BYTES=END_OF_COLUMNS.value)
-    _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)
-    return out
+    constants = dict(PARTS=chosen, TILES=_most_tiles(tiles, chosen), SHARED_BYTES=END_OF_COLUMNS.value)
+    return _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants, parts is not None)
 
 
-def _check_parts(parts: int, allowed: tuple[int, ...]) -> None:
+def choose_parts(pairs: int, slots: int, allowed: tuple[int, ...], resident: int) -> int | None:
+    """Return into how many parts each of so many pairs of a text and a key head is shared, or None if other kernels are faster.
+
+    They are as many as the GPU has room for at once, if each has a tile for each of its warps.
+    """
+    if slots < MIN_CHOSEN_SLOTS or pairs > MAX_CHOSEN_PAIRS:
+        return None
+    most = min(resident // pairs, slots // (KEYS.value * clusters.WARPS))
+    return max(parts for parts in allowed if parts <= most)
+
+
+def _parts_of(
+    parts: int | None, is_served: bool, pairs: int, slots: int, allowed: tuple[int, ...], resident: int, device: torch.device
+) -> int | None:
+    """Return the parts that were asked for, which must be possible, or are chosen; None leaves it to other kernels."""
+    if not parts:
+        return choose_parts(pairs, slots, allowed, resident) if is_served and parts is None else None
+    if not is_served:
+        raise _not_served(parts, device)
     if parts not in allowed:
-        raise ValueError(f"parts={parts}: give one of {', '.join(map(str, allowed))}")
+        raise ValueError(f"parts={parts}: give one of {', '.join(map(str, allowed))}, or 0 for the kernels of one block")
+    return parts
 
 
 def _not_served(parts: int, device: torch.device) -> ValueError:
     return ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {device}; leave it out")
 
 
-def _launch(kernel: Any, pairs: int, device: torch.device, arguments: tuple[Any, ...], angles: Angles, slots: int, constants: dict[str, Any]) -> None:
+def _launch(
+    kernel: Any, pairs: int, device: torch.device, arguments: tuple[Any, ...], angles: Angles, slots: int, constants: dict[str, Any], is_asked: bool
+) -> bool:
     n_clusters = cdiv(pairs * constants["PARTS"], clusters.CTAS)
-    if not launch(kernel, n_clusters, device, arguments, LOOKS=cdiv(slots, LOOKED_AT), **constants, **angles.constants):
+    launched = launch(kernel, n_clusters, device, arguments, LOOKS=cdiv(slots, LOOKED_AT), **constants, **angles.constants)
+    if launched is None and is_asked:
         raise _not_served(constants["PARTS"], device)
+    if launched is not None:
+        clusters.divide_memory(launched)
+    return launched is not None
 
 
 def _most_tiles(tiles: int, parts: int) -> int:
@@ -122,23 +149,22 @@ def launch_coded_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, q_eps: float, k_eps: float,
     angles: Angles,
     k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, position: torch.Tensor, start: torch.Tensor,
-    sinks: int, format: str, mask: torch.Tensor | None, scale: float, out: torch.Tensor, parts: int,
-) -> torch.Tensor:  # fmt: skip
+    sinks: int, format: str, mask: torch.Tensor | None, scale: float, out: torch.Tensor, parts: int | None,
+) -> bool:  # fmt: skip
     """Launch the kernel of clusters over codes as :func:`launch_heads` does, with one of ``PARTS_OF_CODES``."""
-    if not serves_codes(q, k, v, q_weight, k_weight, angles, k_codes, v_codes, scales, kept, sinks, format, mask):
-        raise _not_served(parts, q.device)
-    _check_parts(parts, PARTS_OF_CODES)
     batch, key_heads, slots, _ = k_codes.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
-    kept_tiles = cdiv(cdiv(kept.shape[3], KEYS.value), parts)  # of a CTA
+    is_served = serves_codes(q, k, v, q_weight, k_weight, angles, k_codes, v_codes, scales, kept, sinks, format, mask)
+    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS_OF_CODES, RESIDENT_OF_CODES, q.device)):
+        return False
+    kept_tiles = cdiv(cdiv(kept.shape[3], KEYS.value), chosen)  # of a CTA
     arguments = (
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start, mask, out, q_eps, k_eps, scale,
         pairs, key_heads, slots, start.stride(0), *(x.stride()[:2] for x in (q, k, v, k_codes, v_codes)), scales.stride()[:3], kept.stride()[:3],
         _stride_of(mask), (angles.stride_axis, angles.stride_batch),
     )  # fmt: skip
     constants = dict(
-        PARTS=parts, TILES=_most_tiles(tiles, parts), KEPT_TILES=kept_tiles, IS_AHEAD=IS_AHEAD_OF_CODES, SINKS=sinks,
-        WINDOW=kept.shape[3] - sinks, SHARED_BYTES=END_OF_COLUMNS.value + (kept_tiles - 1) * BYTES_OF_TILE.value,
+        PARTS=chosen, TILES=_most_tiles(tiles, chosen), KEPT_TILES=kept_tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks,
+        SHARED_BYTES=END_OF_COLUMNS.value + (kept_tiles - 1) * BYTES_OF_TILE.value,
     )  # fmt: skip
-    _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants)
-    return out
+    return _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants, parts is not None)

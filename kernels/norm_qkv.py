@@ -116,11 +116,10 @@ def prefetch_arguments(prefetch: Sequence[torch.Tensor] | None, x: torch.Tensor,
     return first, second, bytes // (key_heads * clusters.CTAS) // 16 * 16
 
 
-def launch(kernel: Any, n_clusters: int, device: torch.device, arguments: Sequence[Any], **constants: Any) -> bool:
-    """Launch a kernel of so many clusters, or tell that the GPU has no room for one."""
+def launch(kernel: Any, n_clusters: int, device: torch.device, arguments: Sequence[Any], **constants: Any) -> Any:
+    """Launch a kernel of so many clusters and return what it was compiled to, or None if the GPU has no room for a cluster."""
     options = dict(**constants, **pdl_options(device), num_warps=clusters.WARPS, num_ctas=clusters.CTAS, debug=True, sanitize_overflow=False)
     run = partial(kernel.run, *arguments, grid=(n_clusters,), **options)
     if not clusters.have_room(device, partial(run, warmup=True)):
-        return False
-    run(warmup=False)
-    return True
+        return None
+    return run(warmup=False)

@@ -139,7 +139,7 @@ def norm_qkv_attention_triton(
         else:
             tiles, kernel, arguments = cdiv(tiles, clusters.CTAS), norm_qkv_long_attention_kernel, (*arguments, slots)
             constants |= dict(TILES=tiles, SHARED_BYTES=shared_bytes(width, END_OF_COLUMNS.value))
-        if launch(kernel, k_cache.shape[1], x.device, arguments, **constants):
+        if launch(kernel, k_cache.shape[1], x.device, arguments, **constants) is not None:
             return out
     heads = as_heads(norm_linears_triton(x, norm_weight, weights, [None] * 3, eps), k_cache.shape[3])
     return qk_norm_rope_attention_triton(

@@ -149,7 +149,7 @@ def norm_qkv_quantized_attention_triton(
             kept.stride(0), kept.stride(2), angles.stride_axis,
         )  # fmt: skip
         constants = dict(K=width, TILES=tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks, **angles.constants, SHARED_BYTES=shared)
-        if launch(norm_qkv_quantized_attention_kernel, k_codes.shape[1], x.device, arguments, **constants):
+        if launch(norm_qkv_quantized_attention_kernel, k_codes.shape[1], x.device, arguments, **constants) is not None:
             return out
     heads = as_heads(norm_linears_triton(x, norm_weight, weights, [None] * 3, eps), kept.shape[4])
     return qk_norm_rope_quantized_attention_triton(

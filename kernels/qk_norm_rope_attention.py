@@ -206,7 +206,7 @@ def qk_norm_rope_attention_triton(
     """Launch the kernels of :func:`qk_norm_rope_attention`; see :func:`plan_launch` for what overrides its choices.
 
     ``block_m`` must be a multiple of the number of tokens, which take turns in the rows of a program. ``parts`` gives each key head of each text so
-    many thread blocks of a cluster, in one launch (:func:`launch_heads`), whatever the others are.
+    many thread blocks of a cluster, in one launch (:func:`launch_heads`), which is also chosen if nothing is overridden; 0 excludes it.
     """
     out = decode_attention_fake(q)
     if out.numel() == 0:
@@ -216,8 +216,9 @@ def qk_norm_rope_attention_triton(
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     mask = expand_mask(mask, q, k_cache.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
-    if parts is not None:
-        return launch_heads(q, k, v, q_weight, k_weight, q_eps, k_eps, angles, k_cache, v_cache, position, mask, scale, out, parts)
+    if parts is not None or (n_splits, block_n, num_warps, block_m) == (None,) * 4:
+        if launch_heads(q, k, v, q_weight, k_weight, q_eps, k_eps, angles, k_cache, v_cache, position, mask, scale, out, parts):
+            return out
     grid, options = plan_launch(q, k_cache, mask, n_splits, block_n, num_warps, block_m)
     partials = Partials.empty(out, grid[1])
     _qk_norm_rope_attention_kernel[grid](

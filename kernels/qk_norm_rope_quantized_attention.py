@@ -256,9 +256,10 @@ def qk_norm_rope_quantized_attention_triton(
     q, k, v = with_unit_stride(q), with_unit_stride(k), with_unit_stride(v)
     mask = expand_mask(mask, q, k_codes.shape[2])
     angles = as_angles(cos, sin, sections, interleaved)
-    if parts is not None:
+    if parts is not None or (n_splits, block_n, num_warps, block_m) == (None,) * 4:
         heads, cache = (q, k, v, q_weight, k_weight), (k_codes, v_codes, scales, kept)
-        return launch_coded_heads(*heads, q_eps, k_eps, angles, *cache, position, start, sinks, format, mask, scale, out, parts)
+        if launch_coded_heads(*heads, q_eps, k_eps, angles, *cache, position, start, sinks, format, mask, scale, out, parts):
+            return out
     parsed = Format.parse(format)
     block_m = block_m or min(COLUMNS.value, next_power_of_2(q.shape[1] // k.shape[1]))
     block_n, num_warps = block_n or 32, num_warps or 1

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qtts_compile.kernels.checks import FLOAT_DTYPES
-from qtts_compile.kernels.gemv import MAX_ROWS
+from qtts_compile.kernels.gemv import most_rows
 from qtts_compile.patterns.graph import is_call_of, operands, shape, value
 
 aten = torch.ops.aten
@@ -39,10 +39,11 @@ def few_rows(node: Any) -> Linear | None:
     if any(n is not None and n.op != "placeholder" for n in (weight, bias)):  # the kernels read parameters ahead of the kernel before them
         return None
     tensors = [value(n) for n in (rows, weight, bias) if n is not None]
-    count = value(rows).shape[0]
+    count, width = value(rows).shape
     if (
         not isinstance(count, int)
-        or not 0 < count <= MAX_ROWS
+        or not isinstance(width, int)
+        or not 0 < count <= most_rows(tensors[0].dtype, width, tensors[0].device)
         or len({(t.dtype, t.device) for t in tensors}) > 1
         or tensors[0].dtype not in FLOAT_DTYPES
     ):

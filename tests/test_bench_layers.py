@@ -81,9 +81,17 @@ def test_a_search_keeps_what_it_cannot_tell_apart(monkeypatch):
     assert search([(30.0, 30.0), (29.98, 29.98)], monkeypatch)[0] == 0
 
 
+def test_each_number_of_parts_is_tried_once_and_forgotten(monkeypatch):
+    launch, seen = {}, []
+    monkeypatch.setattr(layers, "measure", lambda place, x: seen.append(dict(launch)) or 30.0 - len(seen))
+    tried = list(layers.parts("bf16", 64, 2))
+    assert layers.try_parts([], torch.empty(1), launch, tried) == {"0": 28.0, "1": 26.0, "2": 24.0, "4": 22.0}
+    assert seen[::2] == seen[1::2] == tried and not launch
+
+
 def test_the_commands_of_the_measurements_are_understood():
     commands = re.findall(r"^ +python -m bench\.layers ([^#\n]*)", MEASUREMENTS.read_text(), re.MULTILINE)
-    assert len(commands) == 3 and all(layers.arguments_of(command.split()).variants for command in commands)
+    assert len(commands) == 4 and all(layers.arguments_of(command.split()).variants for command in commands)
 
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "int4", "k4v3", "fp8"])

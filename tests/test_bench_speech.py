@@ -196,13 +196,13 @@ def test_a_failing_job_costs_no_other(command, tmp_path, monkeypatch):
 
 def test_jobs_are_stopped_at_their_limit(command):
     failures, _, rows = command("--rows", "decoder", "eager", "--time-limit", "0.3")
-    assert failures == 2 and {row["error"] for row in rows} == {"stopped after 0.3 s"}
+    assert failures == 2 and {row["error"] for row in rows} == {"stopped after the 0.3 s that its process had"}
 
 
 def test_a_job_tells_where_it_was_stopped(command):
     """Which may be anywhere, also where it imports something."""
     _, _, rows = command("--rows", "eager", "--frames", "1000000", "--time-limit", "8")
-    assert re.fullmatch(r"stopped after 8 s in \S+ \(.+:\d+\)", rows[-1]["error"])
+    assert re.fullmatch(r"stopped after the 8 s that its process had in \S+ \(.+:\d+\)", rows[-1]["error"])
 
 
 @pytest.mark.parametrize("seconds", [0, 1])  # without and with time for this process to see that the job has begun

@@ -32,7 +32,7 @@ USERS_KNOW = ["base", "base+tq", "triton", "triton+tq", "faster", "hybrid", "hyb
 def test_the_modes_that_users_know_are_ours_and_the_peers_bear_their_names():
     assert GROUPS["ours"] == USERS_KNOW
     assert all(name.startswith(("faster-qwen3-tts", "qwen3-tts-triton:")) for name in GROUPS["peers"])
-    assert modes_named(["peers", "hybrid"]) == ["hybrid", *GROUPS["peers"]]
+    assert modes_named(["peers", "hybrid", "peers"]) == [*GROUPS["peers"], "hybrid"]
     with pytest.raises(ValueError, match="no mode is called 'hybird'; there are base, "):
         modes_named(["hybird"])
 

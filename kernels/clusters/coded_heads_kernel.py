@@ -40,7 +40,7 @@ def coded_heads_attention_kernel(
     Q_ptr, K_ptr, V_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr,
     Position_ptr, Start_ptr, Mask_ptr, Out_ptr, q_eps, k_eps, scale, pairs, H_k, S, start_stride,
     q_strides, k_strides, v_strides, k_codes_strides, v_codes_strides, scales_strides, kept_strides, mask_stride, angle_strides,
-    PARTS: gl.constexpr, TILES: gl.constexpr, KEPT_TILES: gl.constexpr, IS_AHEAD: gl.constexpr, LOOKS: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, KEPT_TILES: gl.constexpr, LOOKS: gl.constexpr,
     SINKS: gl.constexpr, WINDOW: gl.constexpr, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
@@ -104,7 +104,7 @@ def coded_heads_attention_kernel(
     if exists & ((own_tiles > 0) | (own_kept > 0)):
         if TILES > N_WARPS:
             found_in_codes = attend_to_codes(
-                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, N_WARPS, IS_AHEAD
+                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, N_WARPS, False
             )  # fmt: skip
         else:
             found_in_codes = attend_to_one_round(base, codes, scale)

@@ -36,7 +36,7 @@ from qtts_compile.kernels.ptx.shared_memory import wait_for_cta
 def heads_attention_kernel(
     Q_ptr, K_ptr, V_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_cache_ptr, V_cache_ptr, Position_ptr, Mask_ptr, Out_ptr,
     q_eps, k_eps, scale, pairs, H_k, S, q_strides, k_strides, v_strides, k_cache_strides, v_cache_strides, mask_stride, angle_strides,
-    PARTS: gl.constexpr, TILES: gl.constexpr, IS_AHEAD: gl.constexpr, LOOKS: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, LOOKS: gl.constexpr,
     HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def heads_attention_kernel(
         wait_for_cluster()
     if is_last | (own_tiles > 0):
         if TILES > N_WARPS:
-            found_in_tiles = attend_to_tiles(base, tile, K_cache_ptr, V_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES, IS_AHEAD)
+            found_in_tiles = attend_to_tiles(base, tile, K_cache_ptr, V_cache_ptr, Mask_ptr, own_tiles, first_slot, row, scale, TILES, False)
         else:
             found_in_tiles = attend_to_one_round(base, tile, scale)
         store_found_in_tiles(base, found_in_tiles, 8 * places()[1], PADDED_HEAD // 2)

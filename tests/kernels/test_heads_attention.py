@@ -1,5 +1,7 @@
 """Where there is no Hopper GPU, the kernels of one text stand in for that of clusters; ``-p tests.ptx.plugin`` runs its PTX on the CPU."""
 
+import ctypes
+import logging
 from typing import Any
 from unittest import mock
 
@@ -11,9 +13,10 @@ from numerics import random_tensor
 from test_norm_qkv_attention import moved
 from test_qk_norm_rope_attention import check, make_arguments, positions
 
+from qtts_compile.kernels import heads_attention
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.flash_decoding_launch import expand_mask
-from qtts_compile.kernels.heads_attention import serves
+from qtts_compile.kernels.heads_attention import PARTS, PARTS_OF_CODES, RESIDENT, RESIDENT_OF_CODES, choose_parts, serves
 from qtts_compile.kernels.qk_norm_rope_attention import qk_norm_rope_attention_reference, qk_norm_rope_attention_triton
 from qtts_compile.kernels.rotary import as_angles
 
@@ -138,11 +141,52 @@ def test_parts_that_do_not_serve_are_refused(device):
         qk_norm_rope_attention_triton(*arguments, parts=2)
 
 
-@pytest.mark.parametrize("parts", [0, 3, 32])
+@pytest.mark.parametrize("parts", [-1, 3, 32])
 def test_parts_that_a_cluster_does_not_have_are_refused(monkeypatch, parts):
     monkeypatch.setattr(clusters, "has_clusters", lambda device: True)
     with pytest.raises(ValueError, match=f"parts={parts}: give one of 1, 2, 4, 8, 16"):
         qk_norm_rope_attention_triton(*arguments_of(2, 1, 32, 20), parts=parts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "slots", "parts"),
+    [(2, 240, None), (2, 256, 4), (2, 1024, 16), (4, 2048, 16), (8, 256, 4), (8, 8192, 8), (16, 2048, 4), (17, 2048, None), (32, 256, None)],
+)
+def test_as_many_parts_are_chosen_as_there_is_room_for(texts, slots, parts):
+    assert choose_parts(8 * texts, slots, PARTS, RESIDENT) == parts
+    of_codes = None if parts is None else min(parts, 8, 32 // texts)
+    assert choose_parts(8 * texts, slots, PARTS_OF_CODES, RESIDENT_OF_CODES) == of_codes
+
+
+@pytest.mark.parametrize("slots", [256, 1040])
+def test_chosen_where_nothing_is_asked_for(device, slots):
+    """The GPU then divides its memory for the kernel as it is told to."""
+    with mock.patch.object(clusters, "divide_memory", wraps=clusters.divide_memory) as divide:
+        check(arguments_of(3, 2, slots, 200, device=device))
+    assert divide.called == clusters.has_clusters(torch.device(device))
+    for call in divide.call_args_list:
+        percent = ctypes.c_int()
+        assert clusters._cuda().cuFuncGetAttribute(ctypes.byref(percent), clusters.CARVEOUT, ctypes.c_void_p(call.args[0].function)) == 0
+        assert percent.value == clusters.SHARED_PERCENT
+
+
+@pytest.mark.parametrize(("given", "has_room"), [({"n_splits": 2}, True), ({"parts": 0}, True), ({}, False)])
+def test_kernels_of_one_block_where_they_are_asked_for_or_there_is_no_room(device, given, has_room):
+    with mock.patch.object(heads_attention, "launch", return_value=None) as launch, mock.patch.object(clusters, "has_clusters", lambda device: True):
+        check(arguments_of(2, 1, 256, 20, device=device), **given)
+    assert launch.called == (not has_room)
+
+
+@pytest.mark.parametrize("error", [0, 1])
+def test_memory_is_divided_once_for_each_kernel(error, caplog):
+    kernels = [mock.Mock(function=place) for place in (1, 2)]
+    driver = mock.Mock()
+    driver.cuFuncSetAttribute.return_value = error
+    with mock.patch.object(clusters, "_cuda", lambda: driver), caplog.at_level(logging.WARNING):
+        for kernel in kernels * 2:
+            clusters.divide_memory(kernel)
+    assert [call.args[0].value for call in driver.cuFuncSetAttribute.call_args_list] == [1, 2]
+    assert [message.count("slower") for message in caplog.messages] == [1] * 2 * error
 
 
 @pytest.mark.parametrize(

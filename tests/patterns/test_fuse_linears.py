@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from rewriting import count, kernels, rewritten
 
 from qtts_compile.kernels.gemv import MAX_ROWS
+from qtts_compile.kernels.skinny import launch as skinny
 
 K, N = 24, 40
 EPS = 1e-6
@@ -64,6 +65,22 @@ def test_rows_decide(number):
     report, graphs = rewritten(lambda x, w: F.linear(x, w), rows(number), *weights(1))
     assert kernels(report) == ({"norm_linears": 1} if number <= MAX_ROWS else {})
     assert count(graphs.rewritten, "aten.mm") == (number > MAX_ROWS)
+
+
+@pytest.mark.parametrize(("number", "dtype", "width"), [(17, torch.bfloat16, 512), (32, torch.bfloat16, 1024)])
+def test_rows_that_tensor_cores_multiply_alone(monkeypatch, number, dtype, width):
+    monkeypatch.setattr(skinny, "has_tensor_cores", lambda device: True)
+    report, graphs = rewritten(lambda x, w: F.linear(x, w), rows(number, dtype, width), *weights(1, dtype, k=width))
+    assert kernels(report) == {"norm_linears": 1} and count(graphs.rewritten, "aten.mm") == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype", "width"), [(33, torch.bfloat16, 512), (17, torch.float16, 512), (17, torch.float32, 512), (17, torch.bfloat16, 640)]
+)
+def test_rows_that_tensor_cores_do_not_multiply_are_left_to_the_library(monkeypatch, number, dtype, width):
+    monkeypatch.setattr(skinny, "has_tensor_cores", lambda device: True)
+    report, graphs = rewritten(lambda x, w: F.linear(x, w), rows(number, dtype, width), *weights(1, dtype, k=width))
+    assert kernels(report) == {} and count(graphs.rewritten, "aten.mm") == 1
 
 
 def test_a_symbol_of_rows_is_left_to_the_library():

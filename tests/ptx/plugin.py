@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Compile for Hopper, and run instead of launching."""
     pdl.has_pdl = skinny.has_tensor_cores = clusters.has_clusters = clusters.have_room = lambda *_: True
+    clusters.divide_memory = lambda kernel: None
     triton.runtime.driver.set_active(cast(Any, Target(HOPPER)))
     compile_or_launch = triton.JITFunction.run
 
