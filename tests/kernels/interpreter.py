@@ -33,11 +33,11 @@ def _cast_as_torch(self: InterpreterBuilder, src: TensorHandle, dst_type: tl.dty
     return _cast_impl(self, src, dst_type)
 
 
-def _sum_in_a_tree(self: ReduceOps, values: tl.tensor) -> tl.tensor:
+def _sum_in_a_tree(self: ReduceOps, input: tl.tensor) -> tl.tensor:
     # The error of numpy's sum over any axis but the last grows with the number of terms, that of threads that add in pairs with its logarithm.
-    data = values.handle.data
+    data = input.handle.data
     terms = data.reshape(-1) if self.axis is None else np.moveaxis(data, self.axis, 0)
     while len(terms) > 1:  # a power of two
         terms = terms[: len(terms) // 2] + terms[len(terms) // 2 :]
     kept_axes = tuple(range(data.ndim)) if self.axis is None else self.axis
-    return self.to_tensor(np.expand_dims(terms[0], kept_axes) if self.keep_dims else terms[0], values.dtype)
+    return self.to_tensor(np.expand_dims(terms[0], kept_axes) if self.keep_dims else terms[0], input.dtype)
