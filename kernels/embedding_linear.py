@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from qtts_compile.kernels.checks import check_device, check_float_dtype, check_rank
-from qtts_compile.kernels.gemv import MAX_ROWS, check_vector, check_weight, multiply_rows, request_weights
+from qtts_compile.kernels.gemv import check_vector, check_weight, multiply_rows, request_weights
 from qtts_compile.kernels.gemv_launch import launch_of, options_of
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.library import define_op
@@ -85,9 +85,9 @@ def embedding_linear_triton(
     outputs, rows = weight.shape[0], tokens.numel()
     run = lambda weights, launch: embedding_linear_triton(tokens, table, *weights, bias, launch)  # noqa: E731
     is_served = skinny.serves(table, None, [weight], tokens)
-    if rows > MAX_ROWS and not is_served:
-        return embedding_linear_reference(tokens, table, weight, bias)
     launch = launch or launch_of("embedding_linear", rows, [weight], outputs, run, is_served)
+    if launch is None:
+        return embedding_linear_reference(tokens, table, weight, bias)
     if is_served and skinny.is_skinny(launch):
         skinny.launch_skinny(table, None, [weight], [bias], None, [y], 0.0, launch, tokens=tokens.contiguous())
         return y

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from qtts_compile.kernels.gemv import MAX_ROWS
 from qtts_compile.kernels.launch_search import can_search, search
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.pdl import pdl_options
@@ -21,12 +22,14 @@ MIN_SEARCHED_BYTES = 1e6  # of weights: with less to read, launches differ by no
 def launch_of(
     op: str, rows: int, weights: Sequence[torch.Tensor], outputs: int, run: Callable[[Sequence[torch.Tensor], Launch], object],
     is_served: bool = False,
-) -> Launch:  # fmt: skip
-    """Return the launch parameters of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs.
+) -> Launch | None:  # fmt: skip
+    """Return the launch parameters of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs; None leaves many to PyTorch.
 
     They are measured ones, and measured first by ``run``, which launches the kernel with other weights, if this GPU has none and can do so now. Else
     a rule chooses. What the tensor cores' kernel :mod:`skinny` serves has launches of its own, of either kernel.
     """
+    if rows > MAX_ROWS and not is_served:
+        return None
     width, dtype, device = weights[0].shape[1], weights[0].dtype, weights[0].device
     matrices = _matrices(weights, outputs)
     shape = Shape(op, SERVED if is_served else f"{8 * dtype.itemsize} bit", outputs, width, next_power_of_2(rows))

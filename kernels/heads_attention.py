@@ -19,7 +19,7 @@ MAX_TEXTS = 32
 PARTS, PARTS_OF_CODES = (1, 2, 4, 8, 16), (1, 2, 4, 8)  # of the CTAs of a cluster, for a key head of a text
 # Over fewer slots, or of more texts, the kernels of one block are faster.
 MIN_CHOSEN_SLOTS, MAX_CHOSEN_PAIRS = 256, 128  # of texts and key heads
-RESIDENT, RESIDENT_OF_CODES = 512, 256  # CTAs: about what an H200 has room for, of those over codes half, as they take longer
+MANY_CTAS, LONG_SLOTS = 256, 4096  # more take longer to join than to attend, but for caches that are longer, which take twice as many
 LOOKED_AT = 16 * 32 * clusters.WARPS  # bytes of a mask by a CTA at once
 
 
@@ -75,7 +75,7 @@ def launch_heads(
     batch, key_heads, slots, _ = k_cache.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
     is_served = serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask)
-    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS, RESIDENT, q.device)):
+    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS, q.device)):
         return False
     arguments = (
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out, q_eps, k_eps, scale, pairs, key_heads, slots,
@@ -85,23 +85,22 @@ def launch_heads(
     return _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants, parts is not None)
 
 
-def choose_parts(pairs: int, slots: int, allowed: tuple[int, ...], resident: int) -> int | None:
+def choose_parts(pairs: int, slots: int, allowed: tuple[int, ...]) -> int | None:
     """Return into how many parts each of so many pairs of a text and a key head is shared, or None if other kernels are faster.
 
-    They are as many as the GPU has room for at once, if each has a tile for each of its warps.
+    They are as many as keep the GPU busy, if each has a tile for each of its warps.
     """
     if slots < MIN_CHOSEN_SLOTS or pairs > MAX_CHOSEN_PAIRS:
         return None
-    most = min(resident // pairs, slots // (KEYS.value * clusters.WARPS))
+    ctas = MANY_CTAS if slots <= LONG_SLOTS else 2 * MANY_CTAS
+    most = min(ctas // pairs, slots // (KEYS.value * clusters.WARPS))
     return max(parts for parts in allowed if parts <= most)
 
 
-def _parts_of(
-    parts: int | None, is_served: bool, pairs: int, slots: int, allowed: tuple[int, ...], resident: int, device: torch.device
-) -> int | None:
+def _parts_of(parts: int | None, is_served: bool, pairs: int, slots: int, allowed: tuple[int, ...], device: torch.device) -> int | None:
     """Return the parts that were asked for, which must be possible, or are chosen; None leaves it to other kernels."""
     if not parts:
-        return choose_parts(pairs, slots, allowed, resident) if is_served and parts is None else None
+        return choose_parts(pairs, slots, allowed) if is_served and parts is None else None
     if not is_served:
         raise _not_served(parts, device)
     if parts not in allowed:
@@ -155,7 +154,7 @@ def launch_coded_heads(
     batch, key_heads, slots, _ = k_codes.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
     is_served = serves_codes(q, k, v, q_weight, k_weight, angles, k_codes, v_codes, scales, kept, sinks, format, mask)
-    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS_OF_CODES, RESIDENT_OF_CODES, q.device)):
+    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS_OF_CODES, q.device)):
         return False
     kept_tiles = cdiv(cdiv(kept.shape[3], KEYS.value), chosen)  # of a CTA
     arguments = (

@@ -9,7 +9,6 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_like, check_shape
 from qtts_compile.kernels.gemv import (
-    MAX_ROWS,
     as_matrix,
     check_rows,
     check_vector,
@@ -88,10 +87,10 @@ def linear_add_triton(
     outputs, given = weight.shape[0], (x, weight, bias, residual)
     x, residual = as_matrix(x), as_matrix(residual)
     is_served = serves(x, None, [weight])
-    if x.shape[0] > MAX_ROWS and not is_served:
-        return linear_add_reference(*given)
     run = lambda weights, launch: linear_add_triton(x, *weights, bias, residual, launch)  # noqa: E731
     launch = launch or launch_of("linear_add", x.shape[0], [weight], outputs, run, is_served)
+    if launch is None:
+        return linear_add_reference(*given)
     if is_served and is_skinny(launch):
         launch_skinny(x, None, [weight], [bias], residual, [y], 0.0, launch)
         return y

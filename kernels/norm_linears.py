@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from qtts_compile.kernels.gemv import (
-    MAX_ROWS,
     as_matrix,
     check_norm_weight,
     check_rows,
@@ -114,11 +113,11 @@ def norm_linears_triton(
         return ys
     given, x = x, as_matrix(x)
     is_served = serves(x, norm_weight, weights)
-    if x.shape[0] > MAX_ROWS and not is_served:
-        return norm_linears_reference(given, norm_weight, weights, biases, eps)
     sizes = [weight.shape[0] for weight in weights]
     run = lambda weights, launch: norm_linears_triton(x, norm_weight, weights, biases, eps, launch)  # noqa: E731
     launch = launch or launch_of("norm_linears", x.shape[0], weights, sum(sizes), run, is_served)
+    if launch is None:
+        return norm_linears_reference(given, norm_weight, weights, biases, eps)
     if is_served and is_skinny(launch):
         launch_skinny(x, norm_weight, weights, biases, None, ys, eps, launch)
         return ys

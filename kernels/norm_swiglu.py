@@ -9,7 +9,6 @@ import triton.language as tl
 
 from qtts_compile.kernels.checks import check_shape
 from qtts_compile.kernels.gemv import (
-    MAX_ROWS,
     as_matrix,
     check_norm_weight,
     check_rows,
@@ -95,10 +94,10 @@ def norm_swiglu_triton(
     given, x = x, as_matrix(x)
     weights, outputs = [gate_weight, up_weight], gate_weight.shape[0]
     is_served = serves(x, norm_weight, weights)
-    if x.shape[0] > MAX_ROWS and not is_served:
-        return norm_swiglu_reference(given, norm_weight, gate_weight, up_weight, eps)
     run = lambda weights, launch: norm_swiglu_triton(x, norm_weight, *weights, eps, launch)  # noqa: E731
     launch = launch or launch_of("norm_swiglu", x.shape[0], weights, outputs, run, is_served)
+    if launch is None:
+        return norm_swiglu_reference(given, norm_weight, gate_weight, up_weight, eps)
     if is_served and is_skinny(launch):
         launch_skinny(x, norm_weight, weights, [None] * 2, None, [y], eps, launch, is_swiglu=True)
         return y
