@@ -11,7 +11,7 @@ from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.clusters.coded_heads_kernel import coded_heads_attention_kernel
 from qtts_compile.kernels.clusters.heads_kernel import heads_attention_kernel
 from qtts_compile.kernels.clusters.memory import BYTES_OF_TILE, END_OF_COLUMNS, GROUP, HEAD, KEYS
-from qtts_compile.kernels.norm_qkv import MAX_SLOTS, are_aligned, are_codes_served, launch
+from qtts_compile.kernels.norm_qkv import MAX_SLOTS, are_aligned, are_codes_served, bits_of, launch
 from qtts_compile.kernels.rotary import Angles
 from qtts_compile.kernels.sizes import cdiv
 
@@ -163,7 +163,7 @@ def launch_coded_heads(
         _stride_of(mask), (angles.stride_axis, angles.stride_batch),
     )  # fmt: skip
     constants = dict(
-        PARTS=chosen, TILES=_most_tiles(tiles, chosen), KEPT_TILES=kept_tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks,
+        PARTS=chosen, TILES=_most_tiles(tiles, chosen), KEPT_TILES=kept_tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks, **bits_of(format),
         SHARED_BYTES=END_OF_COLUMNS.value + (kept_tiles - 1) * BYTES_OF_TILE.value,
     )  # fmt: skip
     return _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants, parts is not None)

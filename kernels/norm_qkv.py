@@ -17,7 +17,7 @@ from qtts_compile.kernels.turboquant.format import Format
 MAX_SLOTS = 8192  # of a cache: the threads of a cluster look at four bytes of its mask each
 WIDTHS = (512, 1024, 2048)  # of x: with more the kernels run out of registers
 PREFETCHED = 4 * 2**20  # bytes, of two weights together: about what memory brings while attention leaves it idle
-BITS = 4  # of a coordinate, of keys and of values, in a quantised cache
+FORMATS = ("int4",)  # of quantised caches: of those that the kernels of clusters read, int3 and k4v3 too, the one that was measured
 MAX_KEPT = KEYS.value * clusters.CTAS  # tokens that it keeps as they are: a tile for each CTA
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, each [1, H, 1, D]
 
@@ -81,13 +81,19 @@ def are_served(
 def are_codes_served(k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, sinks: int, format: str) -> bool:
     """Tell whether kernels of clusters take a quantised cache, as far as its format and one text's rows go."""
     parsed, n_kept = Format.parse(format), kept.shape[3]
-    if not (parsed.k_bits == parsed.v_bits == BITS) or not sinks <= KEYS.value <= n_kept - sinks or n_kept > MAX_KEPT:
+    if format not in FORMATS or not sinks <= KEYS.value <= n_kept - sinks or n_kept > MAX_KEPT:
         return False
-    row = parsed.key_bytes(HEAD.value)
-    are_rows_served = all(codes.stride()[2:] == (row, 1) and codes.stride(1) % 16 == 0 for codes in (k_codes, v_codes))
+    rows = (k_codes, parsed.key_bytes(HEAD.value)), (v_codes, parsed.value_bytes(HEAD.value))
+    are_rows_served = all(codes.stride()[2:] == (row, 1) and codes.stride(1) % 16 == 0 for codes, row in rows)
     are_kept_served = scales.stride(3) == 1 and kept.stride()[3:] == (HEAD.value, 1)
     are_heads_served = all(tensor.stride(axis) % 8 == 0 for tensor in (scales, kept) for axis in (0, 2))
     return are_rows_served and are_kept_served and are_heads_served and are_aligned(k_codes, v_codes, scales, kept)
+
+
+def bits_of(format: str) -> dict[str, int]:
+    """Return the constants by which kernels of clusters know a quantised cache."""
+    parsed = Format.parse(format)
+    return dict(K_BITS=parsed.k_bits, V_BITS=parsed.v_bits)
 
 
 def are_aligned(*tensors: torch.Tensor) -> bool:

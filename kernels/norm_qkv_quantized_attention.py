@@ -20,6 +20,7 @@ from qtts_compile.kernels.norm_qkv import (
     are_codes_served,
     are_served,
     as_heads,
+    bits_of,
     check_prefetch,
     check_projections,
     check_slots,
@@ -148,7 +149,8 @@ def norm_qkv_quantized_attention_triton(
             eps, q_eps, k_eps, scale, slots, k_codes.stride(1), v_codes.stride(1), scales.stride(0), scales.stride(2),
             kept.stride(0), kept.stride(2), angles.stride_axis,
         )  # fmt: skip
-        constants = dict(K=width, TILES=tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks, **angles.constants, SHARED_BYTES=shared)
+        bits = bits_of(format)
+        constants = dict(K=width, TILES=tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks, **bits, **angles.constants, SHARED_BYTES=shared)
         if launch(norm_qkv_quantized_attention_kernel, k_codes.shape[1], x.device, arguments, **constants) is not None:
             return out
     heads = as_heads(norm_linears_triton(x, norm_weight, weights, [None] * 3, eps), kept.shape[4])

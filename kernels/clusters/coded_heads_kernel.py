@@ -1,7 +1,7 @@
 """The kernel of ``qk_norm_rope_quantized_attention`` for one new token of each of several texts, whose heads the CTAs of a cluster share.
 
-As the one over bfloat16, over codes of 4 bits and kept tokens. Codes are dealt out to the CTAs of a pair of a text and a key head from the first on,
-and from the last on the kept tokens, of which the new one is one and whose tiles a CTA has in shared memory. The last also writes the new token's
+As the one over bfloat16, over codes of 3 or 4 bits and kept tokens. Codes are dealt out to the CTAs of a pair of a text and a key head from the first
+on, and from the last on the kept tokens, of which the new one is one and whose tiles a CTA has in shared memory. The last also writes the new token's
 codes while the first joins what all found.
 """
 
@@ -27,7 +27,7 @@ from qtts_compile.kernels.clusters.instructions import (
 from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.kept_tiles import are_kept_live, attend_to_kept, place_in_kept, request_kept
 from qtts_compile.kernels.clusters.live import deal, end_of_codes, row_of
-from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_PARTIAL, CODE_ROW, HEAD, KEYS, N_WARPS, ROW
+from qtts_compile.kernels.clusters.memory import ARRIVED, BYTES_OF_BIT, BYTES_OF_PARTIAL, HEAD, KEYS, N_WARPS, ROW
 from qtts_compile.kernels.clusters.rotation import store_signs
 from qtts_compile.kernels.clusters.texts import any_seen, look_behind, place_of, store_looks
 from qtts_compile.kernels.clusters.tiles import places
@@ -41,7 +41,8 @@ def coded_heads_attention_kernel(
     Position_ptr, Start_ptr, Mask_ptr, Out_ptr, q_eps, k_eps, scale, pairs, H_k, S, start_stride,
     q_strides, k_strides, v_strides, k_codes_strides, v_codes_strides, scales_strides, kept_strides, mask_stride, angle_strides,
     PARTS: gl.constexpr, TILES: gl.constexpr, KEPT_TILES: gl.constexpr, LOOKS: gl.constexpr,
-    SINKS: gl.constexpr, WINDOW: gl.constexpr, HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
+    SINKS: gl.constexpr, WINDOW: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
+    HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
     announce(HAS_PDL)
@@ -82,7 +83,7 @@ def coded_heads_attention_kernel(
         Mask_ptr += text * mask_stride
         n_tiles = (end_of_codes(row, start, SINKS, WINDOW) + KEYS - 1) // KEYS
     first_slot, own_tiles = deal(gl.where(exists, n_tiles, 0), part, PARTS)
-    codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, N_WARPS)
+    codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, N_WARPS, K_BITS, V_BITS)
     kept_live = are_kept_live(Mask_ptr, first_kept, row, start, SINKS, WINDOW, KEPT_TILES)
     if HAS_MASK:
         looks = look_behind(Mask_ptr, row, S, LOOKS)
@@ -98,16 +99,16 @@ def coded_heads_attention_kernel(
     if HAS_MASK:
         if any_seen(base):
             first_slot, own_tiles = deal(gl.where(exists, S // KEYS, 0), part, PARTS)
-            codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, N_WARPS)
+            codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, N_WARPS, K_BITS, V_BITS)
     if PARTS > 1:
         wait_for_cluster()
     if exists & ((own_tiles > 0) | (own_kept > 0)):
         if TILES > N_WARPS:
             found_in_codes = attend_to_codes(
-                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, N_WARPS, False
+                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, N_WARPS, K_BITS, V_BITS, False
             )  # fmt: skip
         else:
-            found_in_codes = attend_to_one_round(base, codes, scale)
+            found_in_codes = attend_to_one_round(base, codes, scale, K_BITS, V_BITS)
         store_found_in_tiles(base, found_in_codes, 16 * places()[1], 4 * 8)
         if own_kept > 0:
             store_found_in_shared_tile(base, attend_to_kept(base, kept_live, scale))
@@ -118,7 +119,10 @@ def coded_heads_attention_kernel(
         if part == PARTS - 1:
             is_sink = in_cache & (row >= start) & (row < start + SINKS)
             write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)
-            write_codes(base, a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
+            write_codes(
+                base, a, b, K_codes_ptr + row * (BYTES_OF_BIT * K_BITS), V_codes_ptr + row * (BYTES_OF_BIT * V_BITS),
+                K_scales_ptr + row, V_scales_ptr + row, in_cache, K_BITS, V_BITS,
+            )  # fmt: skip
     else:
         if PARTS > 1:
             if exists:

@@ -1,4 +1,4 @@
-"""Attention of two query heads over codes of keys and values, for kernels of clusters to use."""
+"""Attention of two query heads over codes of keys and values, of 3 or 4 bits each, for kernels of clusters to use."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
@@ -7,13 +7,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.memory import CODE_ROW, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW
+from qtts_compile.kernels.clusters.memory import BYTES_OF_BIT, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW
 from qtts_compile.kernels.clusters.rotation import rotate
 from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, meet_first, nothing, of_own_head
 from qtts_compile.kernels.clusters.tiles import each, load_queries, multiply_tile, places, sum_of_groups
-from qtts_compile.kernels.ptx.global_memory import as_words, load_global_2, load_global_4, load_global_byte, load_global_half
+from qtts_compile.kernels.ptx.global_memory import as_words, load_global_1, load_global_2, load_global_4, load_global_byte, load_global_half
 from qtts_compile.kernels.ptx.shared_memory import store_shared
-from qtts_compile.kernels.ptx.words import add_product, levels_of_codes, low_float16, pack, transpose_pairs
+from qtts_compile.kernels.ptx.words import add_product, codes_of_planes, levels_of_codes, low_float16, pack, transpose_pairs
 from qtts_compile.kernels.turboquant.kept import find_kept
 
 _find_kept = gluon.jit(find_kept.fn)
@@ -33,23 +33,27 @@ def store_rotated(base, a, b):
 
 @gluon.jit
 def load_coded_tiles(
-    pointers, Mask_ptr, first_tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr, STEP: gl.constexpr
-):
+    pointers, Mask_ptr, first_tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr, STEP: gl.constexpr,
+    K_BITS: gl.constexpr, V_BITS: gl.constexpr,
+):  # fmt: skip
     """Load as many of a CTA's tiles as one step takes, those that are there, from ``first_tile`` on.
 
     The pointers are those to codes of keys and of values, and to scales of keys and of values.
     """
     tiles = ()
     for i in gl.static_range(0, STEP, N_WARPS):
-        tiles = tiles + (_load_tile(pointers, Mask_ptr, first_tile + i, own_tiles, first_slot, row, start, SINKS, WINDOW),)
+        tiles = tiles + (_load_tile(pointers, Mask_ptr, first_tile + i, own_tiles, first_slot, row, start, SINKS, WINDOW, K_BITS, V_BITS),)
     return tiles
 
 
 @gluon.jit
-def _load_tile(pointers, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr):
-    """Load a tile of each warp: of the keys g and g + 8 four words and scales, whether they count, and the scales of their values; words of values.
+def _load_tile(
+    pointers, Mask_ptr, tile, own_tiles, first_slot, row, start, SINKS: gl.constexpr, WINDOW: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr
+):
+    """Load a tile of each warp: codes and scales of the keys g and g + 8, whether they count, and the scales of their values; codes of values.
 
-    Values are the words 2 g and 2 g + 1 of pairs of 2 t and 2 t + 1, then of 2 t + 8 and 2 t + 9. Kept tokens do not count, nor does what is masked.
+    Of a key a lane has the 32 coordinates from 32 t on. Values are the 16 coordinates from 16 g on of pairs of 2 t and 2 t + 1, then of 2 t + 8 and
+    2 t + 9. Kept tokens do not count, nor does what is masked.
     """
     K_codes_ptr, V_codes_ptr, K_scales_ptr, V_scales_ptr = pointers
     warp, g, t, which = places()
@@ -57,18 +61,57 @@ def _load_tile(pointers, Mask_ptr, tile, own_tiles, first_slot, row, start, SINK
     slot, in_tiles = first_slot + g + 8 * which, tile + warp < own_tiles
     is_sink, is_recent = _find_kept(slot, row, start, SINKS, WINDOW)
     is_live = (in_tiles & ~is_sink & ~is_recent).to(gl.int32)
-    keys = load_global_4(as_words(K_codes_ptr) + slot * (CODE_ROW // 4) + 4 * t, is_live)
+    keys = _load_key(K_codes_ptr + slot * (BYTES_OF_BIT * K_BITS), t, is_live, K_BITS)
     k_scales, v_scales = load_global_half(K_scales_ptr + slot, is_live), load_global_half(V_scales_ptr + slot, is_live)
     if Mask_ptr is not None:
         is_live = load_global_byte(Mask_ptr + slot, is_live)
-    ptrs, in_tiles = as_words(V_codes_ptr) + (first_slot + 2 * t + which) * (CODE_ROW // 4) + 2 * g, in_tiles.to(gl.int32)
-    return keys, k_scales, is_live, v_scales, load_global_2(ptrs, in_tiles), load_global_2(ptrs + 2 * CODE_ROW, in_tiles)
+    ptrs, in_tiles = V_codes_ptr + (first_slot + 2 * t + which) * (BYTES_OF_BIT * V_BITS), in_tiles.to(gl.int32)
+    values = _load_value(ptrs, g, in_tiles, V_BITS), _load_value(ptrs + 8 * BYTES_OF_BIT * V_BITS, g, in_tiles, V_BITS)
+    return keys, k_scales, is_live, v_scales, values[0], values[1]
+
+
+@gluon.jit
+def _load_key(Row_ptrs, t, is_live, BITS: gl.constexpr):
+    """Load the words of a lane's 32 coordinates: of 3 bits two of magnitudes and one of signs."""
+    words = as_words(Row_ptrs)
+    if BITS == 4:
+        return load_global_4(words + 4 * t, is_live)
+    else:
+        return load_global_2(words + 2 * t, is_live) + (load_global_1(words + HEAD // 16 + t, is_live),)
+
+
+@gluon.jit
+def _load_value(Row_ptrs, g, is_there, BITS: gl.constexpr):
+    """Load the words of a lane's 16 coordinates: of 3 bits one of magnitudes and one whose lower half holds signs."""
+    words = as_words(Row_ptrs)
+    if BITS == 4:
+        return load_global_2(words + 2 * g, is_there)
+    else:
+        return load_global_1(words + g, is_there), load_global_half(Row_ptrs + HEAD // 4 + 2 * g, is_there)
+
+
+@gluon.jit
+def _codes_of_key(words, BITS: gl.constexpr):
+    """Return four words of eight codes, each in its nibble."""
+    if BITS == 4:
+        return words
+    else:
+        return codes_of_planes(words[0], words[2]) + codes_of_planes(words[1], words[2] >> 16)
+
+
+@gluon.jit
+def _codes_of_value(words, BITS: gl.constexpr):
+    """Return two words of eight codes, each in its nibble."""
+    if BITS == 4:
+        return words
+    else:
+        return codes_of_planes(words[0], words[1])
 
 
 @gluon.jit
 def attend_to_codes(
     base, tiles, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr,
-    STEP: gl.constexpr, IS_AHEAD: gl.constexpr = True,
+    STEP: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, IS_AHEAD: gl.constexpr = True,
 ):  # fmt: skip
     """Return what each warp finds in a CTA's tiles, of which ``tiles`` are the first step; columns are those of rotated values.
 
@@ -79,31 +122,31 @@ def attend_to_codes(
         step = tiles
         if TILES > STEP and IS_AHEAD:
             if first + STEP < own_tiles:
-                tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+                tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP, K_BITS, V_BITS)
         for i in gl.static_range(STEP // N_WARPS):
             if first + i * N_WARPS < own_tiles:
-                found = _attend(found, queries, step[i], scale)
+                found = _attend(found, queries, step[i], scale, K_BITS, V_BITS)
         if TILES > STEP and not IS_AHEAD:
             if first + STEP < own_tiles:
-                tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+                tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP, K_BITS, V_BITS)
     peaks, sums, even, odd = found
     return peaks, sum_of_groups(sums), even, odd
 
 
 @gluon.jit
-def attend_to_one_round(base, tiles, scale):
+def attend_to_one_round(base, tiles, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
     """Return what each warp finds in its only tile, which may not be there."""
-    peaks, sums, even, odd = _attend((), load_queries(base + Q_ROTATED, 64, 16), tiles[0], scale)
+    peaks, sums, even, odd = _attend((), load_queries(base + Q_ROTATED, 64, 16), tiles[0], scale, K_BITS, V_BITS)
     return peaks, sum_of_groups(sums), even, odd
 
 
 @gluon.jit
-def _attend(found, queries, tile, scale):
+def _attend(found, queries, tile, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
     """Return what was found with a tile; ``found`` may be () for nothing."""
     keys, k_scales, is_live, v_scales, v_first, v_second = tile
-    levels = ()
+    keys, levels = _codes_of_key(keys, K_BITS), ()
     for i in gl.static_range(4):
-        levels = levels + (levels_of_codes(keys[i]),)
+        levels = levels + (levels_of_codes(keys[i], K_BITS),)
     first, second = multiply_tile(levels, queries)
     unit_first, unit_second = each(low_float16(k_scales) * (scale * LOG2_E))
     first, second = masked(first * unit_first, second * unit_second, is_live)
@@ -115,9 +158,10 @@ def _attend(found, queries, tile, scale):
     scale_first, scale_second = each(low_float16(v_scales))
     weights_first, weights_second = exchange(_scaled(first, scale_first), _scaled(second, scale_second))
     weights = of_own_head(weights_first, weights_second)
+    v_first, v_second = _codes_of_value(v_first, V_BITS), _codes_of_value(v_second, V_BITS)
     even, odd = (), ()
     for word in gl.static_range(2):
-        levels, others = levels_of_codes(v_first[word]), levels_of_codes(v_second[word])
+        levels, others = levels_of_codes(v_first[word], V_BITS), levels_of_codes(v_second[word], V_BITS)
         for pair in gl.static_range(4):
             a_first, a_second = transpose_pairs(levels[pair]), transpose_pairs(others[pair])
             both = add_product(old_even[4 * word + pair], old_odd[4 * word + pair], a_first, a_second, weights)

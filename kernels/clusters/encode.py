@@ -1,4 +1,4 @@
-"""Quantisation of one token's key and value into codes of 4 bits, for kernels of clusters to use: ``codec.quantize`` in the lanes of a warp."""
+"""Quantisation of one token's key and value into codes of 3 or 4 bits, for kernels of clusters to use: ``codec.quantize`` in the lanes of a warp."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
@@ -7,7 +7,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.memory import CODE_ROW, HEAD
+from qtts_compile.kernels.clusters.memory import HEAD
 from qtts_compile.kernels.clusters.rotation import rotate
 from qtts_compile.kernels.ptx.global_memory import store_global_byte, store_global_float16
 from qtts_compile.kernels.ptx.words import high, low
@@ -19,7 +19,9 @@ MIN_PEAK, REFUSED = encode.MIN_PEAK, encode.REFUSED
 
 
 @gluon.jit
-def write_codes(base, a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is_written):
+def write_codes(
+    base, a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is_written, K_BITS: gl.constexpr, V_BITS: gl.constexpr
+):  # fmt: skip
     """Write codes and scales of the third and the fourth of four heads, a key and a value, to the pointers, if ``is_written``."""
     layout: gl.constexpr = a.type.layout
     x = low(a), high(a), low(b), high(b)
@@ -38,7 +40,11 @@ def write_codes(base, a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is
     codes, products, level_squares = (), gl.zeros_like(x[0]), gl.zeros_like(x[0])
     for i in gl.static_range(4):
         z = rotated[i] * factor
-        code, level = _nearest(z, 4)
+        code, level = _nearest(z, K_BITS)
+        if V_BITS != K_BITS:
+            of_value, level_of_value = _nearest(z, V_BITS)
+            is_key = gl.broadcast(role[:, None] == 2, z)[0]
+            code, level = gl.where(is_key, code, of_value), gl.where(is_key, level, level_of_value)
         codes = codes + (code,)
         products += z * level
         level_squares += level * level
@@ -47,8 +53,33 @@ def write_codes(base, a, b, K_code_ptr, V_code_ptr, K_scale_ptr, V_scale_ptr, is
     scale = _scale_of(norm, product, gl.sum(level_squares, axis=1), role == 2, HEAD) / root * peak
     Code_ptr, Scale_ptr = gl.where(role == 2, K_code_ptr, V_code_ptr), gl.where(role == 2, K_scale_ptr, V_scale_ptr)
     is_written = is_written & (role >= 2)
-    code_ptrs = Code_ptr[:, None] + lane[None, :]
-    store_global_byte(code_ptrs, codes[0] | (codes[1] << 4), is_written.to(gl.int32)[:, None])
-    store_global_byte(code_ptrs + CODE_ROW // 2, codes[2] | (codes[3] << 4), is_written.to(gl.int32)[:, None])
+    for half in gl.static_range(2):
+        if K_BITS == 4 or V_BITS == 4:
+            is_of_4 = is_written & (role == 2) if V_BITS == 3 else is_written
+            code_ptrs = Code_ptr[:, None] + (half * (HEAD // 4) + lane)[None, :]
+            store_global_byte(code_ptrs, codes[2 * half] | (codes[2 * half + 1] << 4), is_of_4.to(gl.int32)[:, None])
+        if V_BITS == 3:
+            is_of_3 = is_written & (role == 3) if K_BITS == 4 else is_written
+            _store_planes(Code_ptr[:, None], lane[None, :], codes[2 * half], codes[2 * half + 1], half, is_of_3[:, None])
     store_global_float16(Scale_ptr, scale, is_written.to(gl.int32))
     gl.device_assert((role < 2) | _is_storable(scale), REFUSED)
+
+
+@gluon.jit
+def _store_planes(Code_ptr, lane, first, second, half, is_written):
+    """Store codes of 3 bits of a half of a head, of whose coordinates each lane has two that follow each other: a word for eight lanes."""
+    word, place = lane // 8 + 4 * half, lane % 8
+    # Of a word a byte has the magnitudes of a lane and of the one four places on.
+    magnitudes = (first & 3) | ((second & 3) << 4)
+    magnitudes |= _of_lane(magnitudes, 4) << 2
+    store_global_byte(Code_ptr + word * 4 + place, magnitudes, (is_written & (place < 4)).to(gl.int32))
+    signs = ((first >> 2) | (second >> 2 << 4)) << (place % 2 * 8 + 3 - place // 2)
+    for bit in gl.static_range(3):
+        signs |= _of_lane(signs, 1 << bit)
+    store_global_byte(Code_ptr + HEAD // 4 + word * 2 + place, signs >> (place * 8), (is_written & (place < 2)).to(gl.int32))
+
+
+@gluon.jit
+def _of_lane(words, bit):
+    """Return what the lane has whose number differs in a bit."""
+    return gl.inline_asm_elementwise("shfl.sync.bfly.b32 $0, $1, $2, 31, -1;", "=r,r,r", [words, bit], dtype=gl.int32, is_pure=True, pack=1)

@@ -46,7 +46,7 @@ SIGNS = gl.constexpr(35072)  # [64] of two bfloat16: of a rotation
 END_OF_COLUMNS = gl.constexpr(35328)
 BYTES_OF_TILE = gl.constexpr(8192)  # of keys and values; kept tokens' second tile and those after it come last
 PADDED_HEAD = gl.constexpr(576)  # of float32
-CODE_ROW = gl.constexpr(64)  # of 128 codes of 4 bits
+BYTES_OF_BIT = gl.constexpr(16)  # of the codes of a head, for each of their bits
 BYTES_OF_FLAGS = gl.constexpr(4 * CTAS * WARPS)
 
 

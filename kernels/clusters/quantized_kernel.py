@@ -1,7 +1,7 @@
-"""The kernel of ``norm_qkv_quantized_attention``: as ``norm_qkv_attention``'s, over codes of 4 bits and kept tokens, however many slots there are.
+"""The kernel of ``norm_qkv_quantized_attention``: as ``norm_qkv_attention``'s, over codes and kept tokens, however many slots there are.
 
-The slots whose codes count are dealt out to the CTAs of a cluster, as many to each warp, from the first on, and from the last on the kept tokens, of
-which the new one is one. The last CTA also writes the new token's codes while the first joins what all found.
+Codes have 3 or 4 bits. The slots that count are dealt out to the CTAs of a cluster, as many to each warp, from the first on, and from the last on the
+kept tokens, of which the new one is one. The last CTA also writes the new token's codes while the first joins what all found.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -30,9 +30,9 @@ from qtts_compile.kernels.clusters.join import store_joined
 from qtts_compile.kernels.clusters.live import any_behind, deal, end_of_codes, live_kept, load_behind, row_of, send_flags
 from qtts_compile.kernels.clusters.memory import (
     ARRIVED,
+    BYTES_OF_BIT,
     BYTES_OF_FLAGS,
     BYTES_OF_PARTIAL,
-    CODE_ROW,
     END_OF_COLUMNS,
     HEAD,
     K_TILE,
@@ -56,7 +56,7 @@ def norm_qkv_quantized_attention_kernel(
     X_ptr, Norm_ptr, Q_proj_ptr, K_proj_ptr, V_proj_ptr, Q_weight_ptr, K_weight_ptr, Cos_ptr, Sin_ptr, K_codes_ptr, V_codes_ptr, Scales_ptr, Kept_ptr,
     Position_ptr, Start_ptr, Mask_ptr, Out_ptr, Next_1_ptr, Next_2_ptr, next_bytes, eps, q_eps, k_eps, scale, S, k_codes_stride_h, v_codes_stride_h,
     scales_stride, scales_stride_h, kept_stride, kept_stride_h, stride_axis,
-    K: gl.constexpr, TILES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr,
+    K: gl.constexpr, TILES: gl.constexpr, SINKS: gl.constexpr, WINDOW: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr,
     HAS_SECTIONS: gl.constexpr, IS_INTERLEAVED: gl.constexpr, AXIS_1: gl.constexpr, AXIS_2: gl.constexpr,
     SHARED_BYTES: gl.constexpr, HAS_PDL: gl.constexpr,
 ):  # fmt: skip
@@ -114,13 +114,13 @@ def norm_qkv_quantized_attention_kernel(
     if HAS_MASK:
         send_flags(behind, rank, row, S, base)
     first_slot, own_tiles = deal((end_of_codes(row, start, SINKS, WINDOW) + KEYS - 1) // KEYS if HAS_MASK else S // KEYS, rank, N_CTAS)
-    codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+    codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP, K_BITS, V_BITS)
     prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles <= STEP)
     wait_for_bytes(base + ARRIVED)
     if HAS_MASK:
         if any_behind(base):
             first_slot, own_tiles = deal(S // KEYS, rank, N_CTAS)
-            codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP)
+            codes = load_coded_tiles(pointers, Mask_ptr, 0, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP, K_BITS, V_BITS)
     if (own_tiles > 0) | (own_kept > 0):
         a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
         place_heads(base, a, b, K_kept_ptr, V_kept_ptr, kept_row, kept_tile)
@@ -129,7 +129,7 @@ def norm_qkv_quantized_attention_kernel(
         wait_for_cta()
         if own_tiles > 0:
             found_in_codes = attend_to_codes(
-                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, STEP
+                base, codes, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS, WINDOW, TILES, STEP, K_BITS, V_BITS
             )  # fmt: skip
             if TILES > STEP:
                 prefetch_share(Next_1_ptr, Next_2_ptr, k_head, rank, next_bytes, own_tiles > STEP)
@@ -141,7 +141,10 @@ def norm_qkv_quantized_attention_kernel(
         if rank == N_CTAS - 1:
             is_sink = in_cache & (row >= start) & (row < start + SINKS)
             write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)
-            write_codes(base, a, b, K_codes_ptr + row * CODE_ROW, V_codes_ptr + row * CODE_ROW, K_scales_ptr + row, V_scales_ptr + row, in_cache)
+            write_codes(
+                base, a, b, K_codes_ptr + row * (BYTES_OF_BIT * K_BITS), V_codes_ptr + row * (BYTES_OF_BIT * V_BITS),
+                K_scales_ptr + row, V_scales_ptr + row, in_cache, K_BITS, V_BITS,
+            )  # fmt: skip
     else:
         send_nothing(base, rank, 0)
     if rank == 0:

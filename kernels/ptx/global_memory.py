@@ -33,6 +33,15 @@ def load_global_byte(pointers, is_loaded):
 
 
 @gluon.jit
+def load_global_1(pointers, is_loaded):
+    """Load a word at each pointer, as :func:`load_global_2` does."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
+        "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def load_global_2(pointers, is_loaded):
     """Load two words that follow each other at each pointer where ``is_loaded``, an int32, is not zero, and zeros elsewhere."""
     return gl.inline_asm_elementwise(

@@ -1,4 +1,4 @@
-"""Words of 32 bits that hold two bfloat16 or float16, or eight codes of 4 bits, and products of matrices of them, for Gluon kernels (PTX ISA)."""
+"""Words of 32 bits that hold two bfloat16 or float16, or eight codes of a cache, and products of matrices of them, for Gluon kernels (PTX ISA)."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # Gluon's types do not know its tensors' operators, its static loops and tuples.
@@ -6,7 +6,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.turboquant.levels import TO_BFLOAT16_4
+from qtts_compile.kernels.turboquant.levels import TO_BFLOAT16_3, TO_BFLOAT16_4
 
 
 @gluon.jit
@@ -30,11 +30,17 @@ def low_float16(words):
 
 
 @gluon.jit
-def levels_of_codes(codes):
-    """Return the levels of words of eight codes, as four words of two bfloat16."""
-    return gl.inline_asm_elementwise(
-        TO_BFLOAT16_4, "=&r,=&r,=&r,=&r,r", [codes], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
-    )
+def codes_of_planes(magnitudes, signs):
+    """Return two words of eight codes of 3 bits, each in its nibble, of a word of magnitudes and one whose lower half holds signs, as in a cache."""
+    first = (magnitudes & 0x33333333) | (signs & 0x8888) | ((signs & 0x4444) << 17)
+    return first, ((magnitudes >> 2) & 0x33333333) | ((signs & 0x2222) << 2) | ((signs & 0x1111) << 19)
+
+
+@gluon.jit
+def levels_of_codes(codes, BITS: gl.constexpr):
+    """Return the levels of words of eight codes of 3 or 4 bits, each in its nibble, as four words of two bfloat16."""
+    assembly: gl.constexpr = TO_BFLOAT16_4 if BITS == 4 else TO_BFLOAT16_3
+    return gl.inline_asm_elementwise(assembly, "=&r,=&r,=&r,=&r,r", [codes], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1)
 
 
 @gluon.jit

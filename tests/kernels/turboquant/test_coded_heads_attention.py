@@ -16,6 +16,7 @@ from test_norm_qkv_attention import moved
 from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_quantized_attention import check, make_arguments
 
+from qtts_compile.kernels import norm_qkv
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.flash_decoding_launch import expand_mask
 from qtts_compile.kernels.heads_attention import serves_codes
@@ -25,12 +26,20 @@ from qtts_compile.kernels.rotary import as_angles
 K_CODES, V_CODES, SCALES, KEPT, POSITION, START, SINKS, FORMAT, MASK = range(11, 20)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def all_formats():
+    """What the kernel of clusters reads, though it is not launched for all of it."""
+    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3")):
+        yield
+
+
 def arguments_of(
-    texts, slots, position, kind="causal", seed=0, variant=MROPE, device="cpu", sinks=4, window=20, starts=(0, 7, 3, 1, 40), key_heads=1
-) -> list[Any]:
+    texts, slots, position, kind="causal", seed=0, variant=MROPE, device="cpu", sinks=4, window=20, starts=(0, 7, 3, 1, 40), key_heads=1,
+    format="int4",
+) -> list[Any]:  # fmt: skip
     """Return arguments; texts begin at different slots, and those before that do not count if the mask is "causal"."""
     arguments = make_arguments(
-        seed, "int4", texts, (2 * key_heads, key_heads), slots, position, variant, torch.bfloat16, device, sinks, window, starts,
+        seed, format, texts, (2 * key_heads, key_heads), slots, position, variant, torch.bfloat16, device, sinks, window, starts,
         "bool" if kind.startswith("causal") else kind,
     )  # fmt: skip
     if kind.startswith("causal"):
@@ -62,6 +71,12 @@ def test_kept_tokens_of_several_tiles(device, window, parts, position):
 @pytest.mark.parametrize("kind", ["none", "bool", "causal"])
 def test_more_tiles_than_are_requested_at_once(device, slots, position, parts, kind):
     with_parts(parts, check, arguments_of(2, slots, position, kind, device=device))
+
+
+@pytest.mark.parametrize("format", ["int3", "k4v3"])
+@pytest.mark.parametrize(("slots", "position", "parts", "kind"), [(96, 80, 2, "causal"), (528, 500, 1, "bool"), (2064, 2000, 8, "causal_with_gaps")])
+def test_codes_of_three_bits(device, format, slots, position, parts, kind):
+    with_parts(parts, check, arguments_of(2, slots, position, kind, device=device, format=format))
 
 
 @settings(max_examples=8)

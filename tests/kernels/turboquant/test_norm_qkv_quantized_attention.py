@@ -20,6 +20,7 @@ from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_quantized_attention import VARIANTS, check_step, in_dtype, in_float64
 from test_qk_norm_rope_quantized_attention import make_arguments as attention_arguments
 
+from qtts_compile.kernels import norm_qkv
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.norm_linears import norm_linears_reference
 from qtts_compile.kernels.norm_qkv_quantized_attention import (
@@ -52,9 +53,18 @@ def make_arguments(
     return arguments
 
 
-def served_arguments(seed, slots, position, device, variant=MROPE, hidden=512, sinks=4, window=20, start=0, mask_kind="causal", heads=(2, 1)):
+@pytest.fixture(autouse=True, scope="module")
+def all_formats():
+    """What the kernel of clusters reads, though it is not launched for all of it."""
+    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3")):
+        yield
+
+
+def served_arguments(
+    seed, slots, position, device, variant=MROPE, hidden=512, sinks=4, window=20, start=0, mask_kind="causal", heads=(2, 1), format="int4"
+):
     """Return arguments of the sizes of Qwen3-TTS, for which the kernel of clusters is launched where it can be."""
-    arguments = make_arguments(seed, "int4", heads, slots, position, variant, torch.bfloat16, device, hidden, sinks, window, start, mask_kind)
+    arguments = make_arguments(seed, format, heads, slots, position, variant, torch.bfloat16, device, hidden, sinks, window, start, mask_kind)
     with mock.patch.object(clusters, "has_clusters", lambda device: True):
         assert is_served(arguments)
     return arguments
@@ -94,6 +104,14 @@ def test_kernels_that_stand_in_are_as_accurate_as_eager(
 @pytest.mark.parametrize("variant", [MROPE, (128, [24, 20, 20], False), (128, [], False)], ids=["interleaved", "concatenated", "single"])
 def test_sizes_of_the_model(device, hidden, slots, position, variant):
     check(served_arguments(0, slots, position, device, variant, hidden, 4, 64))
+
+
+@pytest.mark.parametrize("format", ["int3", "k4v3"])
+@pytest.mark.parametrize(
+    ("slots", "position", "start", "mask_kind"), [(96, 80, 3, "causal"), (528, 500, 0, "causal_with_gaps"), (4096, 3000, 7, "bool")]
+)
+def test_codes_of_three_bits(device, format, slots, position, start, mask_kind):
+    check(served_arguments(0, slots, position, device, start=start, mask_kind=mask_kind, format=format))
 
 
 @settings(max_examples=8)
