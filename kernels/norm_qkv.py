@@ -17,7 +17,7 @@ from qtts_compile.kernels.turboquant.format import Format
 MAX_SLOTS = 8192  # of a cache: the threads of a cluster look at four bytes of its mask each
 WIDTHS = (512, 1024, 2048)  # of x: with more the kernels run out of registers
 PREFETCHED = 4 * 2**20  # bytes, of two weights together: about what memory brings while attention leaves it idle
-FORMATS = ("int4",)  # of quantised caches: of those that the kernels of clusters read, int3 and k4v3 too, the one that was measured
+FORMATS = ("int4",)  # of quantised caches: of all that the kernels of clusters read the one that was measured
 MAX_KEPT = KEYS.value * clusters.CTAS  # tokens that it keeps as they are: a tile for each CTA
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, each [1, H, 1, D]
 

@@ -49,6 +49,7 @@ def coded_heads_attention_kernel(
     memory, base = allocate(SHARED_BYTES)
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     HAS_MASK: gl.constexpr = Mask_ptr is not None
+    IS_ROTATED: gl.constexpr = K_BITS < 8
     prepare_barriers(base + ARRIVED)
     part, pair, first, exists = place_of(pairs, PARTS)
     first_kept = (PARTS - 1 - part) * (KEPT_TILES * KEYS)  # the first CTAs have codes, the last have kept tokens, and some both
@@ -60,7 +61,8 @@ def coded_heads_attention_kernel(
     position = gl.load(Position_ptr, volatile=True)
     start = gl.load(Start_ptr + text * start_stride).to(gl.int32)
     request_head_weights(base, Q_weight_ptr, K_weight_ptr)
-    store_signs(base)
+    if IS_ROTATED:
+        store_signs(base)
     if PARTS > 1:
         arrive_at_cluster()
     wait_for_cta()  # for the barriers
@@ -91,7 +93,8 @@ def coded_heads_attention_kernel(
     wait_for_bytes(base + ARRIVED)
     a, b = rotate_words(base, a, b, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
     place_in_kept(base, a, b, K_kept_ptr, V_kept_ptr, gl.where(exists & in_cache, SINKS + row % WINDOW, -1), first_kept, KEPT_TILES)
-    store_rotated(base, a, b)
+    if IS_ROTATED:
+        store_rotated(base, a, b)
     if HAS_MASK:
         store_looks(base, looks)
     wait_for_cta()
@@ -113,9 +116,9 @@ def coded_heads_attention_kernel(
         if own_kept > 0:
             store_found_in_shared_tile(base, attend_to_kept(base, kept_live, scale))
         if PARTS > 1:
-            send_all(base, part, first, own_kept > 0, True)
+            send_all(base, part, first, own_kept > 0, IS_ROTATED)
         else:
-            store_all(base, Out_ptr, pair, True)
+            store_all(base, Out_ptr, pair, IS_ROTATED)
         if part == PARTS - 1:
             is_sink = in_cache & (row >= start) & (row < start + SINKS)
             write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)

@@ -1,4 +1,4 @@
-"""Attention of two query heads over codes of keys and values, of 3 or 4 bits each, for kernels of clusters to use."""
+"""Attention of two query heads over codes of keys and values, of 3 or 4 bits each or e4m3 of 8, for kernels of clusters to use."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
@@ -7,13 +7,13 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qtts_compile.kernels.clusters.memory import BYTES_OF_BIT, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_ROTATED, ROW
+from qtts_compile.kernels.clusters.memory import BYTES_OF_BIT, GROUP, HEAD, KEYS, LOG2_E, N_WARPS, Q_HEADS, Q_ROTATED, ROW
 from qtts_compile.kernels.clusters.rotation import rotate
 from qtts_compile.kernels.clusters.softmax import exchange, masked, meet, meet_first, nothing, of_own_head
 from qtts_compile.kernels.clusters.tiles import each, load_queries, multiply_tile, places, sum_of_groups
 from qtts_compile.kernels.ptx.global_memory import as_words, load_global_1, load_global_2, load_global_4, load_global_byte, load_global_half
 from qtts_compile.kernels.ptx.shared_memory import store_shared
-from qtts_compile.kernels.ptx.words import add_product, codes_of_planes, levels_of_codes, low_float16, pack, transpose_pairs
+from qtts_compile.kernels.ptx.words import add_product, codes_of_planes, levels_of_codes, low_float16, numbers_of_bytes, pack, transpose_pairs
 from qtts_compile.kernels.turboquant.kept import find_kept
 
 _find_kept = gluon.jit(find_kept.fn)
@@ -72,9 +72,11 @@ def _load_tile(
 
 @gluon.jit
 def _load_key(Row_ptrs, t, is_live, BITS: gl.constexpr):
-    """Load the words of a lane's 32 coordinates: of 3 bits two of magnitudes and one of signs."""
+    """Load the words of a lane's 32 coordinates: of 3 bits two of magnitudes and one of signs, of 8 bits eight."""
     words = as_words(Row_ptrs)
-    if BITS == 4:
+    if BITS == 8:
+        return load_global_4(words + 8 * t, is_live) + load_global_4(words + 8 * t + 4, is_live)
+    elif BITS == 4:
         return load_global_4(words + 4 * t, is_live)
     else:
         return load_global_2(words + 2 * t, is_live) + (load_global_1(words + HEAD // 16 + t, is_live),)
@@ -82,30 +84,49 @@ def _load_key(Row_ptrs, t, is_live, BITS: gl.constexpr):
 
 @gluon.jit
 def _load_value(Row_ptrs, g, is_there, BITS: gl.constexpr):
-    """Load the words of a lane's 16 coordinates: of 3 bits one of magnitudes and one whose lower half holds signs."""
+    """Load the words of a lane's 16 coordinates: of 3 bits one of magnitudes and one whose lower half holds signs, of 8 bits four."""
     words = as_words(Row_ptrs)
-    if BITS == 4:
+    if BITS == 8:
+        return load_global_4(words + 4 * g, is_there)
+    elif BITS == 4:
         return load_global_2(words + 2 * g, is_there)
     else:
         return load_global_1(words + g, is_there), load_global_half(Row_ptrs + HEAD // 4 + 2 * g, is_there)
 
 
 @gluon.jit
-def _codes_of_key(words, BITS: gl.constexpr):
-    """Return four words of eight codes, each in its nibble."""
-    if BITS == 4:
-        return words
-    else:
-        return codes_of_planes(words[0], words[2]) + codes_of_planes(words[1], words[2] >> 16)
+def _levels_of_key(words, BITS: gl.constexpr):
+    """Return four times eight coordinates, as four words of two bfloat16."""
+    if BITS == 3:
+        words = codes_of_planes(words[0], words[2]) + codes_of_planes(words[1], words[2] >> 16)
+    return _levels_of_words(words, BITS)
 
 
 @gluon.jit
-def _codes_of_value(words, BITS: gl.constexpr):
-    """Return two words of eight codes, each in its nibble."""
-    if BITS == 4:
-        return words
+def _levels_of_value(words, BITS: gl.constexpr):
+    """Return two times eight coordinates, as four words of two bfloat16."""
+    if BITS == 3:
+        words = codes_of_planes(words[0], words[1])
+    return _levels_of_words(words, BITS)
+
+
+@gluon.jit
+def _levels_of_words(words, BITS: gl.constexpr):
+    levels = ()
+    if BITS == 8:
+        for i in gl.static_range(0, len(words), 2):
+            levels = levels + (numbers_of_bytes(words[i]) + numbers_of_bytes(words[i + 1]),)
     else:
-        return codes_of_planes(words[0], words[1])
+        for i in gl.static_range(len(words)):
+            levels = levels + (levels_of_codes(words[i], BITS),)
+    return levels
+
+
+@gluon.jit
+def _load_queries(base, BITS: gl.constexpr):
+    """Load the queries that meet keys of so many bits: those of 8 are not rotated."""
+    place: gl.constexpr = Q_HEADS if BITS == 8 else Q_ROTATED
+    return load_queries(base + place, 64, 16)
 
 
 @gluon.jit
@@ -113,11 +134,11 @@ def attend_to_codes(
     base, tiles, pointers, Mask_ptr, own_tiles, first_slot, row, start, scale, SINKS: gl.constexpr, WINDOW: gl.constexpr, TILES: gl.constexpr,
     STEP: gl.constexpr, K_BITS: gl.constexpr, V_BITS: gl.constexpr, IS_AHEAD: gl.constexpr = True,
 ):  # fmt: skip
-    """Return what each warp finds in a CTA's tiles, of which ``tiles`` are the first step; columns are those of rotated values.
+    """Return what each warp finds in a CTA's tiles, of which ``tiles`` are the first step; columns are those of rotated values, but for 8 bits.
 
     For ``IS_AHEAD`` see :func:`dense_tiles.attend_to_tiles`.
     """
-    queries, found = load_queries(base + Q_ROTATED, 64, 16), nothing(8)
+    queries, found = _load_queries(base, K_BITS), nothing(8)
     for first in range(0, own_tiles, STEP):
         step = tiles
         if TILES > STEP and IS_AHEAD:
@@ -136,7 +157,7 @@ def attend_to_codes(
 @gluon.jit
 def attend_to_one_round(base, tiles, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
     """Return what each warp finds in its only tile, which may not be there."""
-    peaks, sums, even, odd = _attend((), load_queries(base + Q_ROTATED, 64, 16), tiles[0], scale, K_BITS, V_BITS)
+    peaks, sums, even, odd = _attend((), _load_queries(base, K_BITS), tiles[0], scale, K_BITS, V_BITS)
     return peaks, sum_of_groups(sums), even, odd
 
 
@@ -144,10 +165,7 @@ def attend_to_one_round(base, tiles, scale, K_BITS: gl.constexpr, V_BITS: gl.con
 def _attend(found, queries, tile, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
     """Return what was found with a tile; ``found`` may be () for nothing."""
     keys, k_scales, is_live, v_scales, v_first, v_second = tile
-    keys, levels = _codes_of_key(keys, K_BITS), ()
-    for i in gl.static_range(4):
-        levels = levels + (levels_of_codes(keys[i], K_BITS),)
-    first, second = multiply_tile(levels, queries)
+    first, second = multiply_tile(_levels_of_key(keys, K_BITS), queries)
     unit_first, unit_second = each(low_float16(k_scales) * (scale * LOG2_E))
     first, second = masked(first * unit_first, second * unit_second, is_live)
     if len(found) == 0:
@@ -158,12 +176,11 @@ def _attend(found, queries, tile, scale, K_BITS: gl.constexpr, V_BITS: gl.conste
     scale_first, scale_second = each(low_float16(v_scales))
     weights_first, weights_second = exchange(_scaled(first, scale_first), _scaled(second, scale_second))
     weights = of_own_head(weights_first, weights_second)
-    v_first, v_second = _codes_of_value(v_first, V_BITS), _codes_of_value(v_second, V_BITS)
+    levels, others = _levels_of_value(v_first, V_BITS), _levels_of_value(v_second, V_BITS)
     even, odd = (), ()
     for word in gl.static_range(2):
-        levels, others = levels_of_codes(v_first[word], V_BITS), levels_of_codes(v_second[word], V_BITS)
         for pair in gl.static_range(4):
-            a_first, a_second = transpose_pairs(levels[pair]), transpose_pairs(others[pair])
+            a_first, a_second = transpose_pairs(levels[word][pair]), transpose_pairs(others[word][pair])
             both = add_product(old_even[4 * word + pair], old_odd[4 * word + pair], a_first, a_second, weights)
             even, odd = even + (both[0],), odd + (both[1],)
     return peaks, sums + first + second, even, odd

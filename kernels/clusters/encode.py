@@ -1,4 +1,4 @@
-"""Quantisation of one token's key and value into codes of 3 or 4 bits, for kernels of clusters to use: ``codec.quantize`` in the lanes of a warp."""
+"""Quantisation of one token's key and value into codes, for kernels of clusters to use: ``codec.quantize`` in the lanes of a warp."""
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportAssignmentType=false
@@ -15,7 +15,8 @@ from qtts_compile.kernels.turboquant import encode
 
 _finite_magnitude, _scale_of = gluon.jit(encode.finite_magnitude.fn), gluon.jit(encode.scale_of.fn)
 _nearest, _is_storable = gluon.jit(encode.nearest.fn), gluon.jit(encode.is_storable.fn)
-MIN_PEAK, REFUSED = encode.MIN_PEAK, encode.REFUSED
+_to_e4m3 = gluon.jit(encode.to_e4m3.fn)
+MAX_CODE, MIN_PEAK, REFUSED = encode.MAX_CODE, encode.MIN_PEAK, encode.REFUSED
 
 
 @gluon.jit
@@ -25,11 +26,36 @@ def write_codes(
     """Write codes and scales of the third and the fourth of four heads, a key and a value, to the pointers, if ``is_written``."""
     layout: gl.constexpr = a.type.layout
     x = low(a), high(a), low(b), high(b)
-    rotated = rotate(base, a, b)
     role = gl.arange(0, 4, layout=gl.SliceLayout(1, layout))
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, layout))
     peaks = gl.maximum(gl.maximum(_finite_magnitude(x[0]), _finite_magnitude(x[1])), gl.maximum(_finite_magnitude(x[2]), _finite_magnitude(x[3])))
-    peak = gl.maximum(gl.max(peaks, axis=1), MIN_PEAK)
+    peak = gl.max(peaks, axis=1)
+    if K_BITS == 8:
+        codes, scale = _bytes_of(x, peak)
+    else:
+        codes, scale = _codes_of(rotate(base, a, b), x, gl.maximum(peak, MIN_PEAK), role, K_BITS, V_BITS)
+    Code_ptr, Scale_ptr = gl.where(role == 2, K_code_ptr, V_code_ptr), gl.where(role == 2, K_scale_ptr, V_scale_ptr)
+    is_written = is_written & (role >= 2)
+    for half in gl.static_range(2):
+        first, second = codes[2 * half], codes[2 * half + 1]
+        if K_BITS == 8:
+            code_ptrs = Code_ptr[:, None] + (half * (HEAD // 2) + 2 * lane)[None, :]
+            store_global_byte(code_ptrs, first, is_written.to(gl.int32)[:, None])
+            store_global_byte(code_ptrs + 1, second, is_written.to(gl.int32)[:, None])
+        if K_BITS == 4:
+            is_of_4 = is_written & (role == 2) if V_BITS == 3 else is_written
+            code_ptrs = Code_ptr[:, None] + (half * (HEAD // 4) + lane)[None, :]
+            store_global_byte(code_ptrs, first | (second << 4), is_of_4.to(gl.int32)[:, None])
+        if V_BITS == 3:
+            is_of_3 = is_written & (role == 3) if K_BITS == 4 else is_written
+            _store_planes(Code_ptr[:, None], lane[None, :], first, second, half, is_of_3[:, None])
+    store_global_float16(Scale_ptr, scale, is_written.to(gl.int32))
+    gl.device_assert((role < 2) | _is_storable(scale), REFUSED)
+
+
+@gluon.jit
+def _codes_of(rotated, x, peak, role, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
+    """Return codes of 3 or 4 bits, and scales, of heads whose largest magnitudes are ``peak``."""
     inverse = (1.0 / peak)[:, None]
     squares = gl.zeros_like(x[0])
     for i in gl.static_range(4):
@@ -50,19 +76,19 @@ def write_codes(
         level_squares += level * level
     product = gl.sum(products, axis=1)
     root: gl.constexpr = HEAD.value**0.5
-    scale = _scale_of(norm, product, gl.sum(level_squares, axis=1), role == 2, HEAD) / root * peak
-    Code_ptr, Scale_ptr = gl.where(role == 2, K_code_ptr, V_code_ptr), gl.where(role == 2, K_scale_ptr, V_scale_ptr)
-    is_written = is_written & (role >= 2)
-    for half in gl.static_range(2):
-        if K_BITS == 4 or V_BITS == 4:
-            is_of_4 = is_written & (role == 2) if V_BITS == 3 else is_written
-            code_ptrs = Code_ptr[:, None] + (half * (HEAD // 4) + lane)[None, :]
-            store_global_byte(code_ptrs, codes[2 * half] | (codes[2 * half + 1] << 4), is_of_4.to(gl.int32)[:, None])
-        if V_BITS == 3:
-            is_of_3 = is_written & (role == 3) if K_BITS == 4 else is_written
-            _store_planes(Code_ptr[:, None], lane[None, :], codes[2 * half], codes[2 * half + 1], half, is_of_3[:, None])
-    store_global_float16(Scale_ptr, scale, is_written.to(gl.int32))
-    gl.device_assert((role < 2) | _is_storable(scale), REFUSED)
+    return codes, _scale_of(norm, product, gl.sum(level_squares, axis=1), role == 2, HEAD) / root * peak
+
+
+@gluon.jit
+def _bytes_of(x, peak):
+    """Return heads as e4m3 of what is left when they are divided by their scale, as it is stored."""
+    scale = gl.div_rn(peak, gl.zeros_like(peak) + MAX_CODE)
+    stored = scale.to(gl.float16).to(gl.float32)[:, None]
+    divisor, codes = gl.where(stored > 0, stored, 1.0), ()
+    for i in gl.static_range(4):
+        ratio = gl.div_rn(x[i], divisor + gl.zeros_like(x[i]))
+        codes = codes + (_to_e4m3(gl.where(stored > 0, ratio, 0.0)),)
+    return codes, scale
 
 
 @gluon.jit

@@ -56,9 +56,9 @@ def shared_bytes(width: int, end: int) -> int:
 
 
 @gluon.constexpr_function
-def tiles_of_step(tiles):
-    """Return how many of a CTA's tiles of codes are requested at once; of bfloat16 it is one for each warp."""
-    return WARPS * min(TILES_OF_WARP.value, (tiles + WARPS - 1) // WARPS)
+def tiles_of_step(tiles, bits):
+    """Return how many of a CTA's tiles of codes of so many ``bits`` are requested at once; of bfloat16 it is one for each warp."""
+    return WARPS * min(TILES_OF_WARP.value if bits < 8 else 1, (tiles + WARPS - 1) // WARPS)
 
 
 @gluon.constexpr_function

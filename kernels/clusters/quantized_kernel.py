@@ -64,7 +64,8 @@ def norm_qkv_quantized_attention_kernel(
     memory, base = allocate(SHARED_BYTES)
     AXES: gl.constexpr = 3 if HAS_SECTIONS else 1
     HAS_MASK: gl.constexpr = Mask_ptr is not None
-    STEP: gl.constexpr = tiles_of_step(TILES)
+    IS_ROTATED: gl.constexpr = K_BITS < 8
+    STEP: gl.constexpr = tiles_of_step(TILES, K_BITS)
     prepare_barriers(base + ARRIVED)
     k_head, rank = gl.program_id(0), cluster_rank()
 
@@ -75,7 +76,8 @@ def norm_qkv_quantized_attention_kernel(
     position = gl.load(Position_ptr, volatile=True)
     start = gl.load(Start_ptr).to(gl.int32)
     request_head_weights(base, Q_weight_ptr, K_weight_ptr)
-    store_signs(base)
+    if IS_ROTATED:
+        store_signs(base)
     arrive_at_cluster()
     wait_for_inputs(HAS_PDL)
 
@@ -124,8 +126,9 @@ def norm_qkv_quantized_attention_kernel(
     if (own_tiles > 0) | (own_kept > 0):
         a, b = rotate_heads(base, q_eps, k_eps, HAS_SECTIONS, IS_INTERLEAVED, AXIS_1, AXIS_2)
         place_heads(base, a, b, K_kept_ptr, V_kept_ptr, kept_row, kept_tile)
-        if own_tiles > 0:
-            store_rotated(base, a, b)
+        if IS_ROTATED:
+            if own_tiles > 0:
+                store_rotated(base, a, b)
         wait_for_cta()
         if own_tiles > 0:
             found_in_codes = attend_to_codes(
@@ -137,7 +140,7 @@ def norm_qkv_quantized_attention_kernel(
         if own_kept > 0:
             keep_or_send(base, rank, attend_to_shared_tile(base, is_kept_live, scale), own_tiles > 0)
         if own_tiles > 0:
-            send_all(base, rank, 0, own_kept > 0, True)
+            send_all(base, rank, 0, own_kept > 0, IS_ROTATED)
         if rank == N_CTAS - 1:
             is_sink = in_cache & (row >= start) & (row < start + SINKS)
             write_heads(a, b, K_kept_ptr, V_kept_ptr, row - start, is_sink)

@@ -44,6 +44,26 @@ def levels_of_codes(codes, BITS: gl.constexpr):
 
 
 @gluon.jit
+def numbers_of_bytes(words):
+    """Return words of four e4m3 as two words of two bfloat16, which hold them exactly."""
+    # A byte's exponent and mantissa, shifted to the places of those of bfloat16, stand for 2 ** -120 of it, whether it is subnormal or not.
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 x, y, sign, zeros;
+        prmt.b32 x, $2, 0, 0x1404;
+        prmt.b32 y, $2, 0, 0x3424;
+        mov.b32 zeros, 0x80008000;
+        and.b32 sign, x, 0x80008000; and.b32 x, x, 0x7F007F00; shr.b32 x, x, 4; or.b32 x, x, sign;
+        and.b32 sign, y, 0x80008000; and.b32 y, y, 0x7F007F00; shr.b32 y, y, 4; or.b32 y, y, sign;
+        mov.b32 sign, 0x7B807B80;
+        fma.rn.bf16x2 $0, x, sign, zeros;
+        fma.rn.bf16x2 $1, y, sign, zeros;
+        }""",
+        "=&r,=&r,r", [words], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def pack(first, second):
     """Round pairs of float32 to words of two bfloat16."""
     return gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], dtype=gl.int32, is_pure=True, pack=1)

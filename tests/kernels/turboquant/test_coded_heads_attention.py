@@ -29,7 +29,7 @@ K_CODES, V_CODES, SCALES, KEPT, POSITION, START, SINKS, FORMAT, MASK = range(11,
 @pytest.fixture(autouse=True, scope="module")
 def all_formats():
     """What the kernel of clusters reads, though it is not launched for all of it."""
-    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3")):
+    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3", "fp8")):
         yield
 
 
@@ -73,9 +73,9 @@ def test_more_tiles_than_are_requested_at_once(device, slots, position, parts, k
     with_parts(parts, check, arguments_of(2, slots, position, kind, device=device))
 
 
-@pytest.mark.parametrize("format", ["int3", "k4v3"])
+@pytest.mark.parametrize("format", ["int3", "k4v3", "fp8"])
 @pytest.mark.parametrize(("slots", "position", "parts", "kind"), [(96, 80, 2, "causal"), (528, 500, 1, "bool"), (2064, 2000, 8, "causal_with_gaps")])
-def test_codes_of_three_bits(device, format, slots, position, parts, kind):
+def test_other_codes(device, format, slots, position, parts, kind):
     with_parts(parts, check, arguments_of(2, slots, position, kind, device=device, format=format))
 
 

@@ -56,7 +56,7 @@ def make_arguments(
 @pytest.fixture(autouse=True, scope="module")
 def all_formats():
     """What the kernel of clusters reads, though it is not launched for all of it."""
-    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3")):
+    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3", "fp8")):
         yield
 
 
@@ -106,11 +106,11 @@ def test_sizes_of_the_model(device, hidden, slots, position, variant):
     check(served_arguments(0, slots, position, device, variant, hidden, 4, 64))
 
 
-@pytest.mark.parametrize("format", ["int3", "k4v3"])
+@pytest.mark.parametrize("format", ["int3", "k4v3", "fp8"])
 @pytest.mark.parametrize(
     ("slots", "position", "start", "mask_kind"), [(96, 80, 3, "causal"), (528, 500, 0, "causal_with_gaps"), (4096, 3000, 7, "bool")]
 )
-def test_codes_of_three_bits(device, format, slots, position, start, mask_kind):
+def test_other_codes(device, format, slots, position, start, mask_kind):
     check(served_arguments(0, slots, position, device, start=start, mask_kind=mask_kind, format=format))
 
 
