@@ -74,15 +74,18 @@ def launch_heads(
     """
     batch, key_heads, slots, _ = k_cache.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
-    is_served = serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask)
-    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS, q.device)):
+    chosen = choose_parts(pairs, slots, PARTS) if parts is None else parts
+    if not chosen:
         return False
+    if not serves(q, k, v, q_weight, k_weight, angles, (k_cache, v_cache), mask):
+        return _refuse(parts, q.device)
+    _check_parts(chosen, PARTS)
     arguments = (
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_cache, v_cache, position, mask, out, q_eps, k_eps, scale, pairs, key_heads, slots,
         *(x.stride()[:2] for x in (q, k, v, k_cache, v_cache)), _stride_of(mask), (angles.stride_axis, angles.stride_batch),
     )  # fmt: skip
     constants = dict(PARTS=chosen, TILES=_most_tiles(tiles, chosen), SHARED_BYTES=END_OF_COLUMNS.value)
-    return _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants, parts is not None)
+    return _launch(heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants) or _refuse(parts, q.device)
 
 
 def choose_parts(pairs: int, slots: int, allowed: tuple[int, ...]) -> int | None:
@@ -97,31 +100,26 @@ def choose_parts(pairs: int, slots: int, allowed: tuple[int, ...]) -> int | None
     return max(parts for parts in allowed if parts <= most)
 
 
-def _parts_of(parts: int | None, is_served: bool, pairs: int, slots: int, allowed: tuple[int, ...], device: torch.device) -> int | None:
-    """Return the parts that were asked for, which must be possible, or are chosen; None leaves it to other kernels."""
-    if not parts:
-        return choose_parts(pairs, slots, allowed) if is_served and parts is None else None
-    if not is_served:
-        raise _not_served(parts, device)
+def _check_parts(parts: int, allowed: tuple[int, ...]) -> None:
     if parts not in allowed:
         raise ValueError(f"parts={parts}: give one of {', '.join(map(str, allowed))}, or 0 for the kernels of one block")
-    return parts
 
 
-def _not_served(parts: int, device: torch.device) -> ValueError:
-    return ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {device}; leave it out")
+def _refuse(parts: int | None, device: torch.device) -> bool:
+    """Return False if other kernels may be launched, as no parts were asked for."""
+    if parts is None:
+        return False
+    raise ValueError(f"parts={parts}: kernels of clusters do not serve these arguments on {device}; leave it out")
 
 
-def _launch(
-    kernel: Any, pairs: int, device: torch.device, arguments: tuple[Any, ...], angles: Angles, slots: int, constants: dict[str, Any], is_asked: bool
-) -> bool:
+def _launch(kernel: Any, pairs: int, device: torch.device, arguments: tuple[Any, ...], angles: Angles, slots: int, constants: dict[str, Any]) -> bool:
+    """Launch a kernel, or tell that the GPU has no room for a cluster."""
     n_clusters = cdiv(pairs * constants["PARTS"], clusters.CTAS)
     launched = launch(kernel, n_clusters, device, arguments, LOOKS=cdiv(slots, LOOKED_AT), **constants, **angles.constants)
-    if launched is None and is_asked:
-        raise _not_served(constants["PARTS"], device)
-    if launched is not None:
-        clusters.divide_memory(launched)
-    return launched is not None
+    if launched is None:
+        return False
+    clusters.divide_memory(launched)
+    return True
 
 
 def _most_tiles(tiles: int, parts: int) -> int:
@@ -153,9 +151,12 @@ def launch_coded_heads(
     """Launch the kernel of clusters over codes as :func:`launch_heads` does, with one of ``PARTS_OF_CODES``."""
     batch, key_heads, slots, _ = k_codes.shape
     pairs, tiles = batch * key_heads, slots // KEYS.value
-    is_served = serves_codes(q, k, v, q_weight, k_weight, angles, k_codes, v_codes, scales, kept, sinks, format, mask)
-    if not (chosen := _parts_of(parts, is_served, pairs, slots, PARTS_OF_CODES, q.device)):
+    chosen = choose_parts(pairs, slots, PARTS_OF_CODES) if parts is None else parts
+    if not chosen:
         return False
+    if not serves_codes(q, k, v, q_weight, k_weight, angles, k_codes, v_codes, scales, kept, sinks, format, mask):
+        return _refuse(parts, q.device)
+    _check_parts(chosen, PARTS_OF_CODES)
     kept_tiles = cdiv(cdiv(kept.shape[3], KEYS.value), chosen)  # of a CTA
     arguments = (
         q, k, v, q_weight, k_weight, angles.cos, angles.sin, k_codes, v_codes, scales, kept, position, start, mask, out, q_eps, k_eps, scale,
@@ -166,4 +167,4 @@ def launch_coded_heads(
         PARTS=chosen, TILES=_most_tiles(tiles, chosen), KEPT_TILES=kept_tiles, SINKS=sinks, WINDOW=kept.shape[3] - sinks, **bits_of(format),
         SHARED_BYTES=END_OF_COLUMNS.value + (kept_tiles - 1) * BYTES_OF_TILE.value,
     )  # fmt: skip
-    return _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants, parts is not None)
+    return _launch(coded_heads_attention_kernel, pairs, q.device, arguments, angles, slots, constants) or _refuse(parts, q.device)
