@@ -1,7 +1,7 @@
 """Instructions on words of two numbers, or of several codes."""
 
-# pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
-# Gluon's types do not know how a kernel is launched, and its tensors' operators.
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Gluon's types do not know how a kernel is launched, its tensors' operators and static loops.
 
 import pytest
 import torch
