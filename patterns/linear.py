@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qtts_compile.kernels.checks import FLOAT_DTYPES
-from qtts_compile.kernels.gemv import most_rows
+from qtts_compile.kernels.gemv import MAX_ROWS, most_rows
 from qtts_compile.patterns.graph import is_call_of, operands, shape, value
 
 aten = torch.ops.aten
@@ -40,10 +40,10 @@ def few_rows(node: Any) -> Linear | None:
         return None
     tensors = [value(n) for n in (rows, weight, bias) if n is not None]
     count, width = value(rows).shape
+    most = most_rows(tensors[0].dtype, width, tensors[0].device) if isinstance(width, int) else MAX_ROWS
     if (
         not isinstance(count, int)
-        or not isinstance(width, int)
-        or not 0 < count <= most_rows(tensors[0].dtype, width, tensors[0].device)
+        or not 0 < count <= most
         or len({(t.dtype, t.device) for t in tensors}) > 1
         or tensors[0].dtype not in FLOAT_DTYPES
     ):

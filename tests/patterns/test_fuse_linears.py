@@ -83,6 +83,11 @@ def test_rows_that_tensor_cores_do_not_multiply_are_left_to_the_library(monkeypa
     assert kernels(report) == {} and count(graphs.rewritten, "aten.mm") == 1
 
 
+def test_a_symbol_of_columns_is_no_reason_to_refuse():
+    report, _ = rewritten(lambda x, w: F.linear(x, w), rows(1), *weights(1), dynamic=True)
+    assert kernels(report) == {"norm_linears": 1}
+
+
 def test_a_symbol_of_rows_is_left_to_the_library():
     x = rows(5)
     torch._dynamo.mark_dynamic(x, 1)
