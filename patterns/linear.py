@@ -41,12 +41,7 @@ def few_rows(node: Any) -> Linear | None:
     tensors = [value(n) for n in (rows, weight, bias) if n is not None]
     count, width = value(rows).shape
     most = most_rows(tensors[0].dtype, width, tensors[0].device) if isinstance(width, int) else MAX_ROWS
-    if (
-        not isinstance(count, int)
-        or not 0 < count <= most
-        or len({(t.dtype, t.device) for t in tensors}) > 1
-        or tensors[0].dtype not in FLOAT_DTYPES
-    ):
+    if not isinstance(count, int) or not 0 < count <= most or len({(t.dtype, t.device) for t in tensors}) > 1 or tensors[0].dtype not in FLOAT_DTYPES:
         return None
     if value(weight).stride(1) != 1 or (bias is not None and (shape(bias) != shape(weight)[:1] or not value(bias).is_contiguous())):
         return None
