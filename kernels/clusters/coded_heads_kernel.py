@@ -1,8 +1,8 @@
 """The kernel of ``qk_norm_rope_quantized_attention`` for one new token of each of several texts, whose heads the CTAs of a cluster share.
 
-As the one over bfloat16, over codes of 3 or 4 bits and kept tokens. Codes are dealt out to the CTAs of a pair of a text and a key head from the first
-on, and from the last on the kept tokens, of which the new one is one and whose tiles a CTA has in shared memory. The last also writes the new token's
-codes while the first joins what all found.
+As the one over bfloat16, over codes of 3, 4 or 8 bits and kept tokens. Codes are dealt out to the CTAs of a pair of a text and a key head from the
+first on, and from the last on the kept tokens, of which the new one is one and whose tiles a CTA has in shared memory. The last also writes the new
+token's codes while the first joins what all found.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false

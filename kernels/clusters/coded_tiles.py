@@ -112,6 +112,7 @@ def _levels_of_value(words, BITS: gl.constexpr):
 
 @gluon.jit
 def _levels_of_words(words, BITS: gl.constexpr):
+    """Return the coordinates, eight at a time, that words of codes stand for: of 8 bits two words have as many as one of the others."""
     levels = ()
     if BITS == 8:
         for i in gl.static_range(0, len(words), 2):

@@ -1,7 +1,7 @@
 """The kernel of ``norm_qkv_quantized_attention``: as ``norm_qkv_attention``'s, over codes and kept tokens, however many slots there are.
 
-Codes have 3 or 4 bits. The slots that count are dealt out to the CTAs of a cluster, as many to each warp, from the first on, and from the last on the
-kept tokens, of which the new one is one. The last CTA also writes the new token's codes while the first joins what all found.
+Codes have 3, 4 or 8 bits. The slots that count are dealt out to the CTAs of a cluster, as many to each warp, from the first on, and from the last on
+the kept tokens, of which the new one is one. The last CTA also writes the new token's codes while the first joins what all found.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false

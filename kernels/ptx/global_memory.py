@@ -8,6 +8,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 
+def _load_one(kind: str) -> str:
+    """Return PTX that loads a number into a word, or zeros."""
+    return f"{{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.{kind} $0, [$1]; }}"
+
+
+LOAD_BYTE, LOAD_HALF, LOAD_WORD = gl.constexpr(_load_one("u8")), gl.constexpr(_load_one("u16")), gl.constexpr(_load_one("b32"))
+
+
 @gluon.jit
 def as_words(pointer):
     """Return a pointer to words of 32 bits."""
@@ -17,28 +25,19 @@ def as_words(pointer):
 @gluon.jit
 def load_global_half(pointers, is_loaded):
     """Load 16 bits at each pointer into a word, as :func:`load_global_2` does."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u16 $0, [$1]; }",
-        "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(LOAD_HALF, "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def load_global_byte(pointers, is_loaded):
     """Load a byte at each pointer into a word, as :func:`load_global_2` does."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.u8 $0, [$1]; }",
-        "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(LOAD_BYTE, "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def load_global_1(pointers, is_loaded):
     """Load a word at each pointer, as :func:`load_global_2` does."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }",
-        "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(LOAD_WORD, "=&r,l,r", [pointers.to(gl.int64), is_loaded], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
