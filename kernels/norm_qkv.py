@@ -17,7 +17,6 @@ from qtts_compile.kernels.turboquant.format import Format
 MAX_SLOTS = 8192  # of a cache: the threads of a cluster look at four bytes of its mask each
 WIDTHS = (512, 1024, 2048)  # of x: with more the kernels run out of registers
 PREFETCHED = 4 * 2**20  # bytes, of two weights together: about what memory brings while attention leaves it idle
-FORMATS = ("int4",)  # of quantised caches: of all that the kernels of clusters read the one that was measured
 MAX_KEPT = KEYS.value * clusters.CTAS  # tokens that it keeps as they are: a tile for each CTA
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, each [1, H, 1, D]
 
@@ -81,7 +80,7 @@ def are_served(
 def are_codes_served(k_codes: torch.Tensor, v_codes: torch.Tensor, scales: torch.Tensor, kept: torch.Tensor, sinks: int, format: str) -> bool:
     """Tell whether kernels of clusters take a quantised cache, as far as its format and one text's rows go."""
     parsed, n_kept = Format.parse(format), kept.shape[3]
-    if format not in FORMATS or not sinks <= KEYS.value <= n_kept - sinks or n_kept > MAX_KEPT:
+    if not sinks <= KEYS.value <= n_kept - sinks or n_kept > MAX_KEPT:
         return False
     rows = (k_codes, parsed.key_bytes(HEAD.value)), (v_codes, parsed.value_bytes(HEAD.value))
     are_rows_served = all(codes.stride()[2:] == (row, 1) and codes.stride(1) % 16 == 0 for codes, row in rows)

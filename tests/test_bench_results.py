@@ -117,6 +117,8 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
          "figures": of(frame=4.0, audio=160.0, floor=1.35, keys_and_values_read=520.0)},
         {"job": "frame base 1.7b batch 8", "row": "frames at positions 512 to 612", **named, "mode": "base", "error": "parity: WrongCodes"},
         {"job": "e2e hybrid 1.7b", "row": "text to waveform", **named, "figures": figures | others},
+        {"job": "e2e base 1.7b", "row": "text to waveform, 50 frames", **named, "mode": "base", "error": "parity: WrongCodes"},
+        {"job": "e2e triton 1.7b", "row": "the rest", **named, "mode": "triton", "error": "stopped after 3 s"},
     ]  # fmt: skip
     machine = {"gpu": "G", "torch": "2", "triton": "3", "transformers": "4", "date": "2026-11-24"}
     (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "qtts bench --json x", "rows": rows}))
@@ -126,7 +128,8 @@ def test_the_levels_of_qtts_bench_have_tables(tmp_path, monkeypatch):
     assert lines["kernels"][4:] == ["| talker head, 0.6B | 1 | 5.50 | 3.05 | 81% | 7.25 | |"]
     failed = "| `base` | 1.7b | 8 | 512 | fails its check | | | |"
     assert lines["frame"][4:] == ["| `hybrid` | 1.7b | 8 | 512 | 4.00 | 160.00 | 1.35 | 520 |", failed]
-    assert lines["e2e"][4:] == ["| `hybrid` | 1.7b | 4.0 | 30.0 | 25.0 | 10.0 | 27.5 | 4.3 |"]
+    failed = "| `base` | 1.7b | fails its check | | | | | |"
+    assert lines["e2e"][4:] == ["| `hybrid` | 1.7b | 4.0 | 30.0 | 25.0 | 10.0 | 27.5 | 4.3 |", failed]
     (tmp_path / "suite.json").write_text(json.dumps({"machine": machine, "command": "", "rows": rows[:1]}))
     with pytest.raises(LookupError, match="suite.json has no rows of `qtts bench frame`"):
         tables.TABLES["frame"](result_files.Results("suite"))

@@ -16,7 +16,6 @@ from test_norm_qkv_attention import moved
 from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_quantized_attention import check, make_arguments
 
-from qtts_compile.kernels import norm_qkv
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.flash_decoding_launch import expand_mask
 from qtts_compile.kernels.heads_attention import serves_codes
@@ -24,13 +23,6 @@ from qtts_compile.kernels.qk_norm_rope_quantized_attention import qk_norm_rope_q
 from qtts_compile.kernels.rotary import as_angles
 
 K_CODES, V_CODES, SCALES, KEPT, POSITION, START, SINKS, FORMAT, MASK = range(11, 20)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def all_formats():
-    """What the kernel of clusters reads, though it is not launched for all of it."""
-    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3", "fp8")):
-        yield
 
 
 def arguments_of(

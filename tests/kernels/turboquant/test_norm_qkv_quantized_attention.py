@@ -20,7 +20,6 @@ from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_quantized_attention import VARIANTS, check_step, in_dtype, in_float64
 from test_qk_norm_rope_quantized_attention import make_arguments as attention_arguments
 
-from qtts_compile.kernels import norm_qkv
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.norm_linears import norm_linears_reference
 from qtts_compile.kernels.norm_qkv_quantized_attention import (
@@ -51,13 +50,6 @@ def make_arguments(
         counts = (slot >= start) & (slot <= position % slots)
         arguments[MASK] = counts.expand(1, 1, 1, slots).contiguous() & (arguments[MASK] | (mask_kind == "causal"))
     return arguments
-
-
-@pytest.fixture(autouse=True, scope="module")
-def all_formats():
-    """What the kernel of clusters reads, though it is not launched for all of it."""
-    with mock.patch.object(norm_qkv, "FORMATS", ("int4", "int3", "k4v3", "fp8")):
-        yield
 
 
 def served_arguments(
