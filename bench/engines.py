@@ -113,7 +113,8 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
                 raise RuntimeError(f"{speech.frames} frames were made instead of {run.frames}")
         enter_speed(row, times, batch)
         enter_launches(row, engine.launcher, unrecorded)
-        row["figures"] |= read_figures(talker, position, run.frames, batch, speech.cache) | cache_figures(speech.cache) | memory(PROMPTED)
+        row["figures"] |= memory(PROMPTED)  # before the bandwidth is measured, which takes memory of its own
+        row["figures"] |= read_figures(talker, position, run.frames, batch, speech.cache) | cache_figures(speech.cache)
         row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
 
 

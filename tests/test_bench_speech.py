@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import bench.speech
+from bench import engines
 from bench.decoder import check_audio, decoder
 from bench.engines import enter_launches
 from bench.hearing import WrongAudio
@@ -140,6 +141,21 @@ def test_launches_without_a_cuda_graph_are_entered_where_graphs_are_recorded():
     for row, records in zip(rows, (True, False)):
         enter_launches(row, cast(Any, SimpleNamespace(records=records, runs=5)), 3)
     assert [row["figures"] for row in rows] == [{SKIPS: figure(2, "")}, {}]
+
+
+def test_the_peak_of_memory_is_that_of_frames_and_not_of_what_is_measured_after(run, monkeypatch):
+    memory_in_use = 1.0
+
+    def read_figures(*_):  # as the measurement of bandwidth does
+        nonlocal memory_in_use
+        memory_in_use += 2.0
+        return {}
+
+    monkeypatch.setattr(engines, "read_figures", read_figures)
+    monkeypatch.setattr(engines, "memory", lambda what: {f"allocated, {what}": figure(memory_in_use, "GiB")})
+    engines.engine(run, slots=128)
+    first = next(row for row in written(run) if "ms_per_frame" in row)
+    assert first["figures"]["allocated, with its prompt"]["median"] == 1.0
 
 
 def test_decoder_rows_are_checked_and_timed(run):
