@@ -133,7 +133,7 @@ def candidates(name: str, case: Case, batch: int, sms: int) -> Iterator[Launch]:
 
 def parts(name: str, slots: int, batch: int) -> Iterator[Launch]:
     """Yield as launch parameters how many thread blocks of a cluster may attend for each key head, each to 16 slots or more; 0 is for no cluster."""
-    if name in ("bf16", "int4") and 2 <= batch <= MAX_TEXTS:
+    if 2 <= batch <= MAX_TEXTS:
         for n_parts in (0, *(PARTS if name == "bf16" else PARTS_OF_CODES)):
             if n_parts * KEYS.value <= slots:
                 yield dict(parts=n_parts)
@@ -198,7 +198,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--formats", nargs="+", choices=KV_CACHES, default=["bf16", "int4", "k4v3", "int3", "fp8"], metavar="FORMAT")
     parser.add_argument("--slots", type=int, metavar="SLOTS", help=f"of the cache (default: {SLOTS})")
     parser.add_argument("--search", action="store_true", help="try other launch parameters too")
-    parser.add_argument("--parts", action="store_true", help="try kernels of clusters too, of several texts over bf16 and int4")
+    parser.add_argument("--parts", action="store_true", help="try kernels of clusters too, of several texts")
     parser.add_argument("--tiny", action="store_true", help="plain PyTorch on the CPU, which tries the benchmark and measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as they come")
     arguments = parser.parse_args(argv)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from bench.result_files import Results, markdown
 
 EARLY, LATE = "frames at positions 64 to 164", "frames at positions 1884 to 1984"
+FAILS = "fails its check"
 
 
 def speech(results: Results) -> str:
@@ -85,17 +88,23 @@ def decoder(results: Results) -> str:
     return f"{results.source}\n\n{markdown(['', '`Codec`', 'original decoder'], rows)}\n"
 
 
-def frame(results: Results) -> str:
-    """Every mode, batch and position of ``qtts bench frame``, those too that chose other codes than the model."""
-    timed, rows = results.told("frame"), []
+def _checked(results: Results, level: str, name: str) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+    """Yield a level's rows with their medians, and with no medians those that begin with ``name`` and chose other codes than the model."""
+    timed = results.told(level)
     for row in results.rows:
         if row in timed:
-            figures = {label: figure["median"] for label, figure in row["figures"].items()}
+            yield row, {label: figure["median"] for label, figure in row["figures"].items()}
+        elif row["row"].startswith(name) and row.get("error", "").startswith("parity: "):
+            yield row, {}
+
+
+def frame(results: Results) -> str:
+    """Every mode, batch and position of ``qtts bench frame``, those too that chose other codes than the model."""
+    rows = []
+    for row, figures in _checked(results, "frame", "frames at"):
+        numbers = [FAILS, "", "", ""]
+        if figures:
             numbers = [*(f"{figures[label]:.2f}" for label in ("frame", "audio", "floor")), f"{figures['keys and values read']:.0f}"]
-        elif row["row"].startswith("frames at") and row.get("error", "").startswith("parity: "):
-            numbers = ["fails its check", "", "", ""]
-        else:
-            continue
         rows.append([f"`{row['mode']}`", row["size"], str(row["batch"]), row["row"].split()[3], *numbers])
     titles = ["mode", "size", "texts", "position", "ms/frame", "audio seconds per second", "floor, ms", "keys and values, MB"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
@@ -104,15 +113,9 @@ def frame(results: Results) -> str:
 def e2e(results: Results) -> str:
     """Every mode of ``qtts bench e2e``, those too that chose other codes than the model."""
     labels = ("load", "first call", "of it torch.compile", "call to first audio", "x real time", "allocated, text to waveform")
-    timed, rows = results.told("e2e"), []
-    for row in results.rows:
-        if row in timed:
-            figures = {label: figure["median"] for label, figure in row["figures"].items()}
-            numbers = [f"{figures[label]:.1f}" if label in figures else "" for label in labels]
-        elif row["row"].startswith("text to waveform") and row.get("error", "").startswith("parity: "):
-            numbers = ["fails its check", *[""] * (len(labels) - 1)]
-        else:
-            continue
+    rows = []
+    for row, figures in _checked(results, "e2e", "text to waveform"):
+        numbers = [f"{figures[label]:.1f}" if label in figures else "" for label in labels] if figures else [FAILS, *[""] * (len(labels) - 1)]
         rows.append([f"`{row['mode']}`", row["size"], *numbers])
     titles = ["mode", "size", "load, s", "first call, s", "of it `torch.compile`", "first audio, ms", "x real time", "GiB allocated"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"

@@ -1,6 +1,6 @@
 """RMSNorm, q/k/v projections and a decode step over a quantised KV cache, for one token in one launch and up to 8192 slots.
 
-On Hopper, for the sizes of Qwen3 and codes of 4 bits: the kernel is one of clusters. Elsewhere its two parts are launched one after the other.
+On Hopper, for the sizes of Qwen3: the kernel is one of clusters. Elsewhere its two parts are launched one after the other.
 """
 
 from collections.abc import Sequence

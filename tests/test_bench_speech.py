@@ -16,7 +16,6 @@ import torch
 import bench.speech
 from bench import engines
 from bench.decoder import check_audio, decoder
-from bench.engines import enter_launches
 from bench.hearing import WrongAudio
 from bench.models import build, parameters
 from bench.registry import ROWS, chosen
@@ -139,7 +138,7 @@ def test_an_exception_ends_its_row_alone(run, capsys):
 def test_launches_without_a_cuda_graph_are_entered_where_graphs_are_recorded():
     rows = [{"figures": {}}, {"figures": {}}]
     for row, records in zip(rows, (True, False)):
-        enter_launches(row, cast(Any, SimpleNamespace(records=records, runs=5)), 3)
+        engines.enter_launches(row, cast(Any, SimpleNamespace(records=records, runs=5)), 3)
     assert [row["figures"] for row in rows] == [{SKIPS: figure(2, "")}, {}]
 
 
