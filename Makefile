@@ -3,7 +3,7 @@
 # make test-hf5  the test suite on stack B (qwen-tts-hf, transformers 5)
 # make test-ptx  the tests of attention's kernels on what Triton compiles for a GPU, run on the CPU
 # make lint      ruff and pyright
-# make bench     measure everything on this machine's GPU, draw it: bench/results/suite.json and pictures beside it
+# make bench     measure everything on this machine's GPU, draw it: build/bench/suite.json and pictures beside it
 # make readme    write the tables of README.md and bench/README.md from bench/results
 # make clean     remove what the others made
 
@@ -11,7 +11,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 JOBS ?= $(shell nproc)
 BENCH_ARGS ?=
-RESULTS = bench/results
+RESULTS = build/bench
 
 .PHONY: demo test test-hf5 test-ptx lint bench readme clean
 
@@ -38,6 +38,7 @@ lint: .venv/.installed-dev
 	.venv/bin/pyright --pythonpath .venv/bin/python
 
 bench: .venv/.installed
+	@mkdir -p $(RESULTS)
 	.venv/bin/qtts bench --json $(RESULTS)/suite.json --profile $(RESULTS)/kernels $(BENCH_ARGS) || failed=1; \
 	if test -f $(RESULTS)/suite.json; then .venv/bin/python -m bench.plots $(RESULTS)/suite.json; fi; exit $${failed:-0}
 

@@ -98,12 +98,13 @@ def trace(run: Run, speak: Callable[[int], Any], talker: Any, position: int, bat
             # What a prompt, and the host before the first frame, take is taken off.
             return 1000 * (milliseconds(lambda: speak(SHORT + run.frames)) - milliseconds(lambda: speak(SHORT))) / run.frames
 
+        untraced_us = median(frame_us() for _ in range(run.repeats))  # first: a process that was traced stays slower
         short, long = (traced(lambda frames=frames: speak(frames)) for frames in (SHORT, LONG))
         once, more = attribute(short), attribute(long)
         launches = Counter(kernel.name for kernel in long)
         launches.subtract(Counter(kernel.name for kernel in short))
         shares = {name: gained / count for name, us in more.items() if (gained := us - once.get(name, 0.0)) > 0}
-        row["breakdown"] = parts(shares, median(frame_us() for _ in range(run.repeats)), weight_bytes(talker) / copy_bandwidth() / 1e6)
+        row["breakdown"] = parts(shares, untraced_us, weight_bytes(talker) / copy_bandwidth() / 1e6)
         row["traced"] = {"us": sum(shares.values()), "kernels": launches.total() / count, "batch": batch}
         path = Path(run.profile or ".") / (re.sub(r"[^\w.-]+", "-", run.job) + ".txt")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from bench.registry import MODES
@@ -38,6 +37,20 @@ def quantized_attention(results: Results) -> str:
     return f"{results.source}\n\n{markdown(['texts', 'position', *(f'{name}, us' for name in formats)], rows)}\n"
 
 
+def attention_parts(results: Results) -> str:
+    """The same by the number of parts into which each key head of each text is divided."""
+    tried = [{entry["parts"]: entry["us"] for entry in row["search"] if "parts" in entry} for row in results.rows]
+    parts = sorted({number for times in tried for number in times})
+    if not parts:
+        raise LookupError(f"bench/results/{results.name}.json has no parts; measure it with --parts")
+    rows = [
+        [f"`{row['format']}`", str(row["batch"]), str(row["position"]), *(f"{times[number]:.2f}" if number in times else "" for number in parts)]
+        for row, times in zip(results.rows, tried)
+    ]
+    titles = ["cache", "texts", "position", *(f"{number} parts, us" if number else "one thread block each, us" for number in parts)]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
 def layers(results: Results) -> str:
     """A talker's layer as it stands in a frame, by texts, kind of cache, slots and position, and how many times as fast as over bfloat16."""
     talkers = [row for row in results.rows if row["stack"] == "talker"]
@@ -58,25 +71,26 @@ def layers(results: Results) -> str:
 
 
 def quality(results: Results) -> str:
-    """What each quantised cache does to a model that hears an unquantised trajectory, to random keys, and to speech that goes its own way."""
-    parts = {part: [row for row in results.rows if row["part"] == part] for part in ("model", "synthetic", "free")}
-    if missing := [part for part in ("model", "synthetic") if not parts[part]]:
-        raise LookupError(f"bench/results/{results.name}.json has no rows of the part {missing[0]}")
-    model = [
+    """What each quantised cache does to a model that hears an unquantised trajectory."""
+    rows = [
         [f"`{row['format']}`", row["protected"], f"{row['of_dense']:.0%}", f"{row['cosine']:.4f} ({row['worst_cosine']:.4f})", f"{row['kl']:.5f}"]
         + [f"{row['kl_p99']:.5f}", f"{row['top1']:.2%}", f"{row['eos_drift']:+.4f}", row["verdict"]]
-        for row in parts["model"]
+        for row in _of_part(results, "model")
     ]
-    keys = [
+    titles = ["cache", "protected", "bytes of bf16's", "attention cosine (worst layer)", "mean KL", "p99 KL", "top-1", "end of speech", "limits"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
+def random_keys(results: Results) -> str:
+    """What each quantised cache does to attention over random keys."""
+    rows = [
         [f"`{row['format']}`", row["protected"], row["keys"], f"{row['cosine']:.4f}", f"{row['kl']:.4f}"]
         + [f"{row['top1']:.2%} ({row['top1_clear']:.2%})", row["verdict"]]
-        for row in parts["synthetic"]
+        for row in _of_part(results, "synthetic")
         if row["protected"] in ("default", "nothing")
     ]
-    of_model = ["cache", "protected", "bytes of bf16's", "attention cosine (worst layer)", "mean KL", "p99 KL", "top-1", "end of speech", "limits"]
-    of_keys = ["cache", "protected", "keys", "attention cosine", "mean KL", "top-1 (without near ties)", "limits"]
-    free = [_free_running(parts["free"])] if parts["free"] else []
-    return "\n\n".join([results.source, markdown(of_model, model), markdown(of_keys, keys), *free]) + "\n"
+    titles = ["cache", "protected", "keys", "attention cosine", "mean KL", "top-1 (without near ties)", "limits"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
 
 def protection(results: Results) -> str:
@@ -84,27 +98,24 @@ def protection(results: Results) -> str:
     rows = [
         [f"`{row['format']}`", row["protected"], f"{row['bytes_more'] / row['bytes']:.1%}", f"{row['cosine']:.4f} ({row['worst_cosine']:.4f})"]
         + [f"{row['kl']:.5f}", f"{row['kl_p99']:.5f}", f"{row['top1']:.2%}", f"{row['eos_drift']:+.4f}"]
-        for row in results.rows
-        if row["part"] == "protect"
+        for row in _of_part(results, "protect")
     ]
-    if not rows:
-        raise LookupError(f"bench/results/{results.name}.json has no rows of the part protect")
     titles = ["cache", "protected", "of its bytes", "attention cosine (worst layer)", "mean KL", "p99 KL", "top-1", "end of speech"]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"
 
 
 def free_running(results: Results) -> str:
     """How long speech is that goes its own way over each cache."""
-    rows = [row for row in results.rows if row["part"] == "free"]
-    if not rows:
-        raise LookupError(f"bench/results/{results.name}.json has no rows of the part free")
-    return f"{results.source}\n\n{_free_running(rows)}\n"
-
-
-def _free_running(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [
+    rows = [
         [" ".join((f"`{row['format']}`", row["protected"])).strip(), f"{sum(row['lengths']) / len(row['lengths']):.1f}"]
         + [f"{row['duration_ratio']:.2f} ± {row['ratio_error']:.2f}", f"{row['at_cap']:.0%}", f"{row['frames_until_parted']:.1f}"]
-        for row in rows
+        for row in _of_part(results, "free")
     ]
-    return markdown(["cache", "frames on average", "of bf16's (± standard error)", "never ended", "frames until the first other code"], cells)
+    titles = ["cache", "frames on average", "of bf16's (± standard error)", "never ended", "frames until the first other code"]
+    return f"{results.source}\n\n{markdown(titles, rows)}\n"
+
+
+def _of_part(results: Results, part: str) -> list[dict[str, Any]]:
+    if rows := [row for row in results.rows if row["part"] == part]:
+        return rows
+    raise LookupError(f"bench/results/{results.name}.json has no rows of the part {part}")

@@ -4,7 +4,7 @@ Run: ``python -m bench.quality [--formats int4 k4v3 int3 fp8] [--parts synthetic
 [--json FILE]``. Each format is measured with the default protection, with nothing protected but the token that is being read, and, but in free
 speech, with each protection alone:
 
-- synthetic: attention over random keys, some with a common mean or outlier channels;
+- synthetic: attention over random keys, some with a common mean or outlier channels, by queries with the same or without (on any machine);
 - model: random weights at the published shape hear a trajectory of the unquantised model;
 - protect: so do they, with each protection alone in several sizes, from which the defaults are chosen;
 - free: every cache goes its own way, with ``--seeds`` seeds, and speech ends by chance; its duration beside the unquantised cache's is told with the
@@ -81,8 +81,9 @@ def rows_of(part: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any]
 
 def synthetic_rows(arguments: argparse.Namespace, default: Protect) -> Iterator[dict[str, Any]]:
     """Yield the rows of attention over random keys, to which layers mean nothing."""
-    heads, tokens, device = (2, 256, "cpu") if arguments.tiny else (synthetic.HEADS, synthetic.TOKENS, "cuda")
-    for keys in synthetic.KEYS:
+    heads, tokens = (2, 256) if arguments.tiny else (synthetic.HEADS, synthetic.TOKENS)
+    device = "cuda" if torch.cuda.is_available() and not arguments.tiny else "cpu"
+    for keys in synthetic.KINDS:
         states = synthetic.draw(keys, heads, tokens, device)
         for name in arguments.formats:
             for protected, protect in protections(default).items():
@@ -139,7 +140,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[str]:
     told: dict[str, list[str]] = {}
     for row in rows:
         if row["part"] in ("model", "synthetic") and row["protected"] == "default":
-            what = "the model" if row["part"] == "model" else f"{row['keys']} keys"
+            what = "the model" if row["part"] == "model" else f"keys {row['keys']}"
             told.setdefault(row["format"], []).append(f"{what} {row['verdict']}")
     return [f"{name}, limits KL {LIMITS['kl']} and top-1 {LIMITS['top1']:.0%}: {'; '.join(each)}" for name, each in told.items()]
 
@@ -154,7 +155,7 @@ def describe_row(row: dict[str, Any]) -> str:
         )
     figures = f"cosine {row['cosine']:.4f}, KL {row['kl']:.5f}, p99 {row['kl_p99']:.5f}, top-1 {row['top1']:6.1%}"
     if row["part"] == "synthetic":
-        told = f"{figures} ({row['top1_clear']:.1%} where it is clear), {row['keys']} keys"
+        told = f"{figures} ({row['top1_clear']:.1%} where it is clear), keys {row['keys']}"
     else:
         told = f"{figures}, end of speech {row['eos_drift']:+.4f}, {row['bytes'] / 2**20:.1f} MiB, {row['bytes_more'] / 2**20:+.1f} for it"
         told += f", {row['apart']:.1g} from a real cache" if "apart" in row else ""
@@ -178,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments.seeds = TINY_SEEDS if arguments.tiny else SEEDS
     if arguments.seeds < 2:
         parser.error(f"--seeds {arguments.seeds}: give at least 2, from which a standard error can be told")
-    if not arguments.tiny and not torch.cuda.is_available():
-        raise SystemExit("bench.quality needs a CUDA GPU; --tiny tries it on a CPU")
+    if not arguments.tiny and arguments.parts != ["synthetic"] and not torch.cuda.is_available():
+        raise SystemExit("bench.quality needs a CUDA GPU, but for --parts synthetic; --tiny tries it on a CPU")
     started, failed = time.perf_counter(), 0
     command = "python -m bench.quality " + " ".join(sys.argv[1:] if argv is None else argv)
     result: dict[str, Any] = {"machine": describe(), "command": command, "rows": []}

@@ -1,4 +1,4 @@
-"""What quantisation does to attention over random keys that are easy, and over those with what makes keys hard."""
+"""What quantisation does to attention over random keys that are easy, and over those with what makes keys hard, by queries of either kind."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from qtts_compile.turboquant_cache import Protect
 HEADS, TOKENS, WIDTH = 8, 2048, 128
 CLEAR = 0.25  # standard deviations of the scores by which a key leads where the choice is no near tie
 MEAN, OUTLIER, OUTLIERS = 1.0, 10.0, (3, 40, 77, 126)  # in standard deviations; channels
+QUERIES_TOO = ", queries too"  # of a kind of which queries are what keys are
 KEYS = {  # mean of all channels, factor of some
     "gaussian": (0.0, 1.0),
     "shifted": (MEAN, 1.0),
     "outlier": (0.0, OUTLIER),
     "shifted outlier": (MEAN, OUTLIER),
 }
+KINDS = (*KEYS, *(name + QUERIES_TOO for name in KEYS if name != "gaussian"))
 
 
-def draw(keys: str, heads: int, tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys of a kind of :data:`KEYS`, and values, float32 ``[heads, tokens, 128]``."""
+def draw(kind: str, heads: int, tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of one of :data:`KINDS`, float32 ``[heads, tokens, 128]``."""
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = torch.randn(3, heads, tokens, WIDTH, generator=generator, device=device)
-    mean, factor = KEYS[keys]
-    k[..., OUTLIERS] *= factor
-    return q, k + mean, v
+    mean, factor = KEYS[kind.removesuffix(QUERIES_TOO)]
+    for x in (q, k) if kind.endswith(QUERIES_TOO) else (k,):
+        x[..., OUTLIERS] *= factor
+        x += mean
+    return q, k, v
 
 
 def measure(states: tuple[Tensor, Tensor, Tensor], name: str, protect: Protect) -> dict[str, float]:

@@ -22,8 +22,10 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "caches": cache_tables.caches,
     "caches-of-batches": partial(cache_tables.caches, least_texts=2),
     "quantized-attention": cache_tables.quantized_attention,
+    "attention-parts": cache_tables.attention_parts,
     "layers": cache_tables.layers,
     "quality": cache_tables.quality,
+    "random-keys": cache_tables.random_keys,
     "protection": cache_tables.protection,
     "free-running": cache_tables.free_running,
 }

@@ -32,7 +32,8 @@ def check_kv_cache(gm: fx.GraphModule, kv_cache: str | None) -> None:
     if not formats and not any(is_seen(node) for node in nodes for is_seen in SIGNATURES):
         return
     held = " and ".join(map(repr, sorted(formats))) or "the model's dtype"
-    cache = "a cache of its own dtype" if kv_cache == "bf16" else f"past_key_values=TurboQuantCache(model.config, batch, slots, {kv_cache!r})"
+    packed = f"past_key_values=TurboQuantCache(model.config, batch, slots, {kv_cache!r}, dtype=model.dtype, device=model.device)"
+    cache = "a cache of its own dtype" if kv_cache == "bf16" else packed
     raise ValueError(f"kv_cache={kv_cache!r}: this graph holds its keys and values in {held}; hand the model {cache}, or leave kv_cache out")
 
 

@@ -38,7 +38,8 @@ class TurboQuantCache(Cache):
 
     Raises:
         ValueError: as :class:`TurboQuantKVCache`, and for a batch, slots or start out of range.
-        TypeError: as :class:`TurboQuantKVCache`, for another dtype, a batch or slots that are no whole numbers, and a ``protect`` that is none.
+        TypeError: as :class:`TurboQuantKVCache`, for a config that is no decoder's, another dtype, a batch or slots that are no whole
+            numbers, and a ``protect`` that is none.
     """
 
     def __init__(  # Cache's own constructor would make layers of its own
@@ -53,6 +54,8 @@ class TurboQuantCache(Cache):
         device: torch.device | str | None = None,
         start: Tensor | Sequence[int] | None = None,
     ) -> None:
+        if not hasattr(config, "num_hidden_layers"):
+            raise TypeError(f"config is a {type(config).__name__}, which has no layers: give the decoder's (of a talker: talker.config)")
         for name, value in {"batch": batch, "slots": slots}.items():
             if type(value) is not int:
                 raise TypeError(f"{name}={value!r}: give a whole number")

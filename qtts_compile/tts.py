@@ -34,8 +34,8 @@ class TTS(Pipeline):
         chunk_frames: frames of a stream's first chunk, its second and so on; the last repeats. A frame is 80 ms.
         kv_cache: how the talker's keys and values are held: "bf16", in the model's dtype, whatever that is; or packed, TurboQuant (arXiv
             2504.19874) with 4 bits a coordinate ("int4"), 3 ("int3") or 4 for keys and 3 for values ("k4v3"); or e4m3 ("fp8").
-        protect: what of a packed cache stays in the model's dtype (:class:`qtts_compile.Protect`): by default the first and last two layers, and
-            in the others the first 4 tokens and the newest 64.
+        protect: what of a packed cache stays in the model's dtype (:class:`qtts_compile.Protect`): by default the first two layers, and in the
+            others the first 4 tokens and the newest 64.
 
     Attributes:
         sample_rate: samples a second.

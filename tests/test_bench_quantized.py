@@ -157,6 +157,17 @@ def test_random_keys_lose_what_theory_says():
     assert synthetic.measure(states, "int3", Protect(window=512))["kl"] == 0
     hard = synthetic.measure(synthetic.draw("outlier", 2, 512, "cpu"), "int4", quality.BARE)
     assert hard["kl"] > 3 * rows["int4"]["kl"]
+    peaked = synthetic.measure(synthetic.draw("outlier, queries too", 2, 512, "cpu"), "int4", quality.BARE)
+    assert peaked["top1"] > hard["top1"] + 0.1 and peaked["kl_p99"] > 1.5 * hard["kl_p99"]  # a key has nearly all the weight, or another
+
+
+def test_queries_are_like_keys_only_where_the_kind_says_so():
+    for kind in synthetic.KINDS:
+        (q, k, _), mean = synthetic.draw(kind, 2, 4096, "cpu"), synthetic.MEAN if "shifted" in kind else 0
+        wide = synthetic.OUTLIER if "outlier" in kind else 1
+        for x, is_hard in ((q, kind.endswith("queries too")), (k, True)):
+            assert x[..., 5].mean().item() == pytest.approx(mean * is_hard, abs=0.06)
+            assert x[..., synthetic.OUTLIERS].std().item() == pytest.approx(wide if is_hard else 1, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -213,13 +224,13 @@ def test_quality_is_measured_on_the_embedded_model_and_shown(machine, capsys):
     assert quality.main(["--tiny", "--formats", "int4", "--frames", "6", "--seeds", "3", "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["protected"] for row in rows if row["part"] == "model"] == ["default", "nothing", "layers", "sinks", "window"]
-    assert {row["keys"] for row in rows if row["part"] == "synthetic"} == set(synthetic.KEYS)
+    assert {row["keys"] for row in rows if row["part"] == "synthetic"} == set(synthetic.KINDS)
     assert [row["format"] for row in rows if row["part"] == "free"] == ["bf16", "bf16", "int4", "int4"] and rows[-1]["lengths"]
     assert [row["protected"] for row in rows if row["part"] == "free"] == ["", "other seeds", "default", "nothing"]
     of = {row["protected"]: row for row in rows if row["part"] == "model"}
     assert of["nothing"]["bytes_more"] == 0 < of["sinks"]["bytes_more"] < of["window"]["bytes_more"] < of["layers"]["bytes_more"]
     assert of["default"]["kl"] < of["nothing"]["kl"] and of["default"]["apart"] < 1e-6
-    assert "int4, limits KL 0.02 and top-1 95%: gaussian keys " in capsys.readouterr().out
+    assert "int4, limits KL 0.02 and top-1 95%: " in capsys.readouterr().out
     shown = tables.TABLES["quality"](result_files.Results("quality"))
     assert f"| `int4` | default | {of['default']['of_dense']:.0%} | {of['default']['cosine']:.4f} " in shown
     protect = {row["protected"]: row for row in rows if row["part"] == "protect"}
@@ -230,8 +241,9 @@ def test_quality_is_measured_on_the_embedded_model_and_shown(machine, capsys):
     assert protect["first_layers=4"]["kl"] < 1e-12  # of four
     shown_protection = tables.TABLES["protection"](result_files.Results("quality"))
     assert f"| `int4` | window=8 | {protect['window=8']['bytes_more'] / protect['window=8']['bytes']:.1%} |" in shown_protection
+    assert "| `int4` | nothing | shifted, queries too |" in tables.TABLES["random-keys"](result_files.Results("quality"))
+    assert "| `int4` nothing |" in tables.TABLES["free-running"](result_files.Results("quality"))
     file.write_text(file.read_text().replace('"part": "free"', '"part": "other"'))
-    assert "never ended" in shown and "never ended" not in tables.TABLES["quality"](result_files.Results("quality"))
     with pytest.raises(LookupError, match="quality.json has no rows of the part free"):
         tables.TABLES["free-running"](result_files.Results("quality"))
     file.write_text(file.read_text().replace('"part": "protect"', '"part": "other"'))

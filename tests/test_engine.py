@@ -9,6 +9,7 @@ import torch
 from models import GROUPS, build_talker, case, generate_codes, generation_inputs
 from models.generation import CODES, END_OF_SPEECH
 from rewriting import expected_kernels, kernels
+from torch._inductor import metrics
 
 from qtts_compile import collect
 from qtts_compile.code_embeddings import CodeEmbeddings
@@ -280,6 +281,24 @@ def test_a_frame_can_be_compiled_as_one_function():
     with collect() as report, torch.inference_mode():
         torch.compile(frame, backend="qtts", fullgraph=True, options={"executor": "eager", "strict": True})()
     assert len(report.graphs) == 1 and report.lifted["attention"] == (GROUPS - 1) * case("predictor").layers + case("talker-0.6b").layers
+
+
+def test_all_look_ups_of_a_frame_are_added_up_by_one_kernel():
+    talker = build_talker("0.6b")
+    torch.compiler.reset()
+    frame = Frame(
+        talker,
+        SpeechState(talker, 1, 32),
+        Stack(talker.model, 3, 32),
+        Stack(talker.code_predictor.model, 1, 16),
+        CodeEmbeddings(talker.code_predictor),
+    )
+    codes = [torch.tensor([[group]]) for group in range(1, GROUPS)]
+    metrics.reset()
+    with torch.inference_mode():
+        torch.compile(frame.hear, fullgraph=True)(codes, frame.slots)
+    # The codes and their write, what is heard, mask and positions: a look-up, or a sum, that had a kernel of its own would be one more.
+    assert 0 < metrics.ir_nodes_pre_fusion <= 5
 
 
 def test_wrong_settings_are_named():

@@ -1,6 +1,7 @@
 """TurboQuantCache in models' own forward() and generate(), eagerly and compiled, and what it refuses."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_stack_compiled_for_a_cache_runs_over_it(talker, kv_cache, format):
 @pytest.mark.parametrize(
     ("kv_cache", "format", "message"),
     [
-        ("int4", "fp8", r"in 'fp8'; hand the model past_key_values=TurboQuantCache\(model.config, batch, slots, 'int4'\), or leave kv_cache out"),
+        ("int4", "fp8", r"in 'fp8'; .* past_key_values=TurboQuantCache\(model.config, batch, slots, 'int4', dtype=.*\), or leave kv_cache out"),
         ("int4", None, "in the model's dtype; hand the model past_key_values=TurboQuantCache"),
         ("bf16", "int4", "in 'int4'; hand the model a cache of its own dtype, or leave kv_cache out"),
     ],
@@ -249,6 +250,8 @@ def test_start_is_set_before_the_prompt(talker):
 def test_wrong_arguments_are_refused(talker, arguments, error, message):
     with pytest.raises(error, match=message):
         cache_for(talker, [9], **arguments)
+    with pytest.raises(TypeError, match="config is a SimpleNamespace, which has no layers: give the decoder's"):
+        TurboQuantCache(SimpleNamespace(talker_config=talker.config), 1, SLOTS)
     with pytest.raises(ValueError, match="batch=0: give 1 or more"):
         TurboQuantCache(talker.config, 0, SLOTS)
     for batch, slots, named in ((None, SLOTS, "batch=None"), ("2", SLOTS, "batch='2'"), (1, 64.0, "slots=64.0"), (1, True, "slots=True")):

@@ -208,6 +208,7 @@ def test_a_checkpoint_is_loaded_by_its_directory():
         ({"options": {"strict": True}}, "mode=None does not compile"),
         ({"chunk_frames": ()}, r"chunk_frames=\(\)"),
         ({"chunk_frames": (1, 0)}, r"chunk_frames=\(1, 0\)"),
+        ({"mode": "default", "options": {"kv_cache": "int4"}, "kv_cache": "int4"}, "'kv_cache': 'int4'}: give it to TTS itself, kv_cache='int4'"),
         ({"kv_cache": "int2"}, "kv_cache='int2': give one of bf16, int4, int3, k4v3, fp8"),
         ({"kv_cache": "int4", "max_seq_len": 64}, "sinks=4 and window=64 keep every token of 64 slots"),
         ({"protect": Protect()}, "kv_cache='bf16' quantises nothing"),
