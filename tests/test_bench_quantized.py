@@ -275,6 +275,20 @@ def test_attention_is_checked_timed_and_shown(machine, capsys):
         attention.main(["--tiny", "--positions", "60"])
 
 
+def test_attention_is_shown_by_parts(machine):
+    search = [{"us": 9.2, "parts": 4}, {"us": 11.8, "parts": 8}, {"us": 16.2, "parts": 0}]
+    rows = [{"format": "bf16", "batch": 8, "position": 512, "search": [*search, {"us": 14.1, "parts": 16}]}]
+    rows += [{"format": "int4", "batch": 8, "position": 512, "search": search}]
+    content = {"machine": attention.describe(), "command": "python -m bench.quantized_attention", "rows": rows}
+    machine("parts").write_text(json.dumps(content))
+    lines = tables.TABLES["attention-parts"](result_files.Results("parts")).splitlines()
+    assert lines[2] == "| cache | texts | position | one thread block each, us | 4 parts, us | 8 parts, us | 16 parts, us |"
+    assert lines[4:] == ["| `bf16` | 8 | 512 | 16.20 | 9.20 | 11.80 | 14.10 |", "| `int4` | 8 | 512 | 16.20 | 9.20 | 11.80 | |"]
+    machine("parts").write_text(json.dumps(content | {"rows": [row | {"search": []} for row in rows]}))
+    with pytest.raises(LookupError, match="parts.json has no parts; measure it with --parts"):
+        tables.TABLES["attention-parts"](result_files.Results("parts"))
+
+
 def test_frames_over_each_cache_are_shown(machine):
     def of(**medians):
         return {label.replace("_", " "): figure(value, "") for label, value in medians.items()}
