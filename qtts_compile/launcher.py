@@ -27,7 +27,7 @@ class Launcher:
         device: where everything runs.
         mode: ``torch.compile``'s mode, or None to run functions as they are.
         backend: ``torch.compile``'s backend.
-        options: ``torch.compile``'s options, beside what the mode stands for.
+        options: ``torch.compile``'s options, beside what the mode stands for; but not ``kv_cache``, which is TTS's and the engine's own.
 
     Attributes:
         records: whether it records CUDA graphs.
@@ -38,6 +38,9 @@ class Launcher:
     def __init__(self, device: torch.device, mode: str | None = None, backend: str = "qtts", options: Mapping[str, Any] | None = None) -> None:
         if mode is None and options:
             raise ValueError(f"options={dict(options)} are for torch.compile and mode=None does not compile: name a mode")
+        if options and "kv_cache" in options:  # what is compiled has caches of several kinds
+            asked = options["kv_cache"]
+            raise ValueError(f"options={{'kv_cache': {asked!r}}}: give it to TTS itself, kv_cache={asked!r}, which makes the cache")
         self.mode, self.backend = mode, backend
         # torch.compile takes a mode or options, not both.
         self.options = {} if mode is None else {**torch._inductor.list_mode_options(mode), **(options or {})}

@@ -45,9 +45,6 @@ class Pipeline:
         _check_model(model)
         if not chunk_frames or not all(type(frames) is int and frames > 0 for frames in chunk_frames):
             raise ValueError(f"chunk_frames={chunk_frames!r}: give one or more whole numbers above 0")
-        if options and "kv_cache" in options:
-            asked = options["kv_cache"]
-            raise ValueError(f"options={{'kv_cache': {asked!r}}}: give it to TTS itself, kv_cache={asked!r}, which makes the cache")
         talker = model.model.talker
         self.model, self.chunk_frames = model, tuple(chunk_frames)
         self.device = next(talker.parameters()).device

@@ -30,7 +30,7 @@ class TTS(Pipeline):
         mode: ``torch.compile``'s mode, None to run uncompiled, or "auto": "reduce-overhead" (CUDA graphs) on a GPU and None elsewhere.
         max_seq_len: the most tokens of a prompt and frames of its speech together.
         backend: ``torch.compile``'s backend.
-        options: ``torch.compile``'s options, beside the mode.
+        options: ``torch.compile``'s options, beside the mode and ``kv_cache``.
         chunk_frames: frames of a stream's first chunk, its second and so on; the last repeats. A frame is 80 ms.
         kv_cache: how the talker's keys and values are held: "bf16", in the model's dtype, whatever that is; or packed, TurboQuant (arXiv
             2504.19874) with 4 bits a coordinate ("int4"), 3 ("int3") or 4 for keys and 3 for values ("k4v3"); or e4m3 ("fp8").

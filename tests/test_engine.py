@@ -273,26 +273,22 @@ def test_a_range_of_layers_is_rewritten_in_stacks_compiled_whole():
     assert [count for count in steps if count] == [1, 1, 1]
 
 
-def test_a_frame_can_be_compiled_as_one_function():
+def build_frame() -> Frame:
     talker = build_talker("0.6b")
     torch.compiler.reset()
     stacks = Stack(talker.model, 3, 32), Stack(talker.code_predictor.model, 1, 16)
-    frame = Frame(talker, SpeechState(talker, 1, 32), *stacks, CodeEmbeddings(talker.code_predictor))
+    return Frame(talker, SpeechState(talker, 1, 32), *stacks, CodeEmbeddings(talker.code_predictor))
+
+
+def test_a_frame_can_be_compiled_as_one_function():
+    frame = build_frame()
     with collect() as report, torch.inference_mode():
         torch.compile(frame, backend="qtts", fullgraph=True, options={"executor": "eager", "strict": True})()
     assert len(report.graphs) == 1 and report.lifted["attention"] == (GROUPS - 1) * case("predictor").layers + case("talker-0.6b").layers
 
 
 def test_all_look_ups_of_a_frame_are_added_up_by_one_kernel():
-    talker = build_talker("0.6b")
-    torch.compiler.reset()
-    frame = Frame(
-        talker,
-        SpeechState(talker, 1, 32),
-        Stack(talker.model, 3, 32),
-        Stack(talker.code_predictor.model, 1, 16),
-        CodeEmbeddings(talker.code_predictor),
-    )
+    frame = build_frame()
     codes = [torch.tensor([[group]]) for group in range(1, GROUPS)]
     metrics.reset()
     with torch.inference_mode():

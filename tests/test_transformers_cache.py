@@ -108,7 +108,12 @@ def test_a_stack_compiled_for_a_cache_runs_over_it(talker, kv_cache, format):
 @pytest.mark.parametrize(
     ("kv_cache", "format", "message"),
     [
-        ("int4", "fp8", r"in 'fp8'; .* past_key_values=TurboQuantCache\(model.config, batch, slots, 'int4', dtype=.*\), or leave kv_cache out"),
+        (
+            "int4",
+            "fp8",
+            r"in 'fp8'; hand the model past_key_values=TurboQuantCache\(model.config, batch, slots, 'int4', "
+            r"dtype=model.dtype, device=model.device\), or leave kv_cache out",
+        ),
         ("int4", None, "in the model's dtype; hand the model past_key_values=TurboQuantCache"),
         ("bf16", "int4", "in 'int4'; hand the model a cache of its own dtype, or leave kv_cache out"),
     ],
