@@ -27,6 +27,7 @@ import triton
 
 from bench.machine import describe
 from bench.reads import copy_bandwidth
+from bench.result_files import command_of
 from bench.timing import milliseconds
 from qtts_compile.kernels import pdl
 from qtts_compile.kernels.decode_attention import decode_attention_triton
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.attention needs a CUDA GPU")
     started = time.perf_counter()
-    command = "python -m bench.attention " + " ".join(argv or sys.argv[1:])
+    command = command_of("attention", argv)
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "command": command, "rows": []}
     print(f"{'us':16} {'batch':>5} {'no PDL':>10} {'two':>10} {'one':>10} {'floor':>10}   (splits, keys of a tile, warps, rows)", flush=True)
     for batch in arguments.batches:

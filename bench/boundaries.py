@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 
 from bench.machine import describe
+from bench.result_files import command_of
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.pdl import announce, has_pdl, wait_for_inputs
 
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench.boundaries needs a CUDA GPU")
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "rows": []}
-    result["command"] = "python -m bench.boundaries " + " ".join(argv or sys.argv[1:])
+    result["command"] = command_of("boundaries", argv)
     print(f"{'us a step':22} {'kernels':>8} {'PDL':>8} {'persistent':>10}")
     for programs, warps in PROGRAMS:
         pdl = kernels(programs, warps, True) if has_pdl(torch.device("cuda", 0)) else None

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import StaticCache
 
 from bench.machine import describe
+from bench.result_files import command_of
 from qtts_compile import collect
 from qtts_compile.patterns.catalogue import OPS
 from tests.models.cases import ModelCase, published
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         raise SystemExit("bench.decode_step needs a CUDA GPU")
-    result: dict[str, Any] = {"machine": describe(), "command": "python -m bench.decode_step " + " ".join(argv or sys.argv[1:]), "rows": []}
+    result: dict[str, Any] = {"machine": describe(), "command": command_of("decode_step", argv), "rows": []}
     for part in arguments.parts:
         with torch.inference_mode(), torch._dynamo.config.patch(recompile_limit=64):
             result["rows"] += measure(part, arguments.size, variants(arguments.without), arguments.rounds, arguments.profile)

@@ -115,7 +115,7 @@ def time_frames(run: Run, engine: Engine, lengths: list[int]) -> None:
         enter_launches(row, engine.launcher, unrecorded)
         row["figures"] |= memory(PROMPTED)  # before the bandwidth is measured, which takes memory of its own
         row["figures"] |= read_figures(talker, position, run.frames, batch, speech.cache) | cache_figures(speech.cache)
-        row["figures"]["prompt"] = repeated(lambda: begin(engine, task), 10)
+        row["figures"]["prompt"] = repeated(lambda: begin(engine, task), run.repeats, warmup=0)
 
 
 def enter_launches(row: dict[str, Any], launcher: Launcher, before: int) -> None:

@@ -32,10 +32,11 @@ def linears(results: Results) -> str:
     counts = sorted({row["rows"] for row in results.rows})
     library = (counts[0], counts[-1])
     rows = []
-    for first in (row for row in results.rows if row["rows"] == counts[0]):
-        by_count = {row["rows"]: row for row in results.rows if row["case"] == first["case"]}
-        kernels = [f"{by_count[count]['launches'][0]['us']:.2f}" for count in counts]
-        others = [f"{by_count[count]['library_us']:.2f}" for count in library]
+    for name in dict.fromkeys(row["case"] for row in results.rows):
+        by_count = {row["rows"]: row for row in results.rows if row["case"] == name}
+        first = next(iter(by_count.values()))
+        kernels = [f"{by_count[count]['launches'][0]['us']:.2f}" if count in by_count else "" for count in counts]
+        others = [f"{by_count[count]['library_us']:.2f}" if count in by_count else "" for count in library]
         rows.append([first["case"], f"{first['outputs']} x {first['width']}", f"{first['floor_us']:.2f}", *kernels, *others])
     titles = ["kernel, us", "outputs x width", "floor", *map(_of_rows, counts), *(f"cuBLAS, {_of_rows(count)}" for count in library)]
     return f"{results.source}\n\n{markdown(titles, rows)}\n"

@@ -14,7 +14,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from bench.linears import CASES, Case, chosen_launch, compile_launch, shape_of, 
 from bench.machine import describe
 from bench.quantized_attention import build_arguments, kernel_of, parts, write_prompt
 from bench.reads import copy_bandwidth
+from bench.result_files import command_of
 from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, tiles_in_flight
 from qtts_compile.kernels.launch_search import microseconds
 from qtts_compile.kernels.launch_table import SHIPPED, Launch, file_name, remember
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     shipped = SHIPPED / file_name(torch.cuda.get_device_name())
     table: dict[str, Any] = json.loads(shipped.read_text()) if shipped.is_file() else {}
     result: dict[str, Any] = {"machine": describe(), "triton": triton.__version__, "rows": []}
-    result["command"] = "python -m bench.layers " + " ".join(argv or sys.argv[1:])
+    result["command"] = command_of("layers", argv)
     for (name, texts), variants in arguments.variants.items():
         launch: dict[str, Any] = {}
         built = [[build_layer(stack, kv_cache, launch) for _ in range(stack.layers)] for stack, kv_cache in variants]

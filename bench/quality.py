@@ -28,6 +28,7 @@ import torch
 
 from bench import free_running, models, synthetic, teacher
 from bench.machine import describe
+from bench.result_files import command_of
 from bench.task import PROMPT
 from qtts_compile.engine import Engine
 from qtts_compile.options import KV_CACHES, MODES
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.tiny and arguments.parts != ["synthetic"] and not torch.cuda.is_available():
         raise SystemExit("bench.quality needs a CUDA GPU, but for --parts synthetic; --tiny tries it on a CPU")
     started, failed = time.perf_counter(), 0
-    command = "python -m bench.quality " + " ".join(sys.argv[1:] if argv is None else argv)
+    command = command_of("quality", argv)
     result: dict[str, Any] = {"machine": describe(), "command": command, "rows": []}
     for part in arguments.parts:
         try:

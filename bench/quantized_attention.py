@@ -27,6 +27,7 @@ from bench import attention
 from bench.attention import COMPILE_LIMIT_S, K_HEADS, ROW_BYTES, WIDTH, Case, cold_copies, step_arguments, timed
 from bench.compiling import compiling_only
 from bench.machine import describe
+from bench.result_files import command_of
 from qtts_compile.kernels import flash_decoding_launch
 from qtts_compile.kernels.clusters.memory import KEYS
 from qtts_compile.kernels.heads_attention import MAX_TEXTS, PARTS, PARTS_OF_CODES
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     with multiprocessing.get_context("fork").Pool(1 if arguments.tiny else max(1, (os.cpu_count() or 1) - 1)) as pool:
         if not arguments.tiny and not torch.cuda.is_available():
             raise SystemExit("bench.quantized_attention needs a CUDA GPU; --tiny tries it on a CPU")
-        command = "python -m bench.quantized_attention " + " ".join(sys.argv[1:] if argv is None else argv)
+        command = command_of("quantized_attention", argv)
         result: dict[str, Any] = {"machine": describe(), "command": command, "rows": []}
         for row in rows_of(arguments, pool):
             print(f"[{time.perf_counter() - started:5.0f} s] {table([row]).splitlines()[1]}", flush=True)

@@ -15,6 +15,7 @@ INSTALLS = {"qwen_tts": "'qtts-compile[tts]'", "faster_qwen3_tts": "faster-qwen3
 SIZES = ("0.6b", "1.7b")
 POSITIONS = (64, 512, 2048, 8000)  # where `qtts bench frame` times frames
 BATCHES = (1, 8)
+QUANTIZED = ("int4", "int3", "k4v3", "fp8")  # formats of keys and values
 METRICS = {
     "ms/frame": "milliseconds that 80 ms of audio take, all texts of a batch together; median, least and greatest of the repeats",
     "x real time": "seconds of audio made in a second, all texts together",
@@ -200,9 +201,13 @@ ROWS = {
     **{f"batch-{batch}": frame_job("hybrid", Case(batch=batch)) for batch in (2, 4, 8, 16, 32)},
     "0.6b": frame_job("hybrid", Case(size="0.6b")),
     "8192-slots": frame_job("hybrid", Case(slots=8192, positions=POSITIONS)),
-    **{name: frame_job("hybrid+tq", Case(slots=8192, positions=POSITIONS, kv_cache=name)) for name in ("int4", "int3", "k4v3", "fp8")},
+    **{name: frame_job("hybrid+tq", Case(slots=8192, positions=POSITIONS, kv_cache=name)) for name in QUANTIZED},
     **{f"batch-{batch}-8192": frame_job("hybrid", Case(batch=batch, slots=8192, positions=POSITIONS[1:])) for batch in (8, 32)},
-    **{f"batch-{batch}-8192-int4": frame_job("hybrid+tq", Case(batch=batch, slots=8192, positions=POSITIONS[1:])) for batch in (8, 32)},
+    **{
+        f"batch-{batch}-8192-{name}": frame_job("hybrid+tq", Case(batch=batch, slots=8192, positions=POSITIONS[1:], kv_cache=name))
+        for batch in (8, 32)
+        for name in QUANTIZED
+    },
     "checkpoint": checkpoint_job(),
     "cold-start": Job("bench.start:start", torch_mode="reduce-overhead", after=("checkpoint",), cache="emptied"),
     "warm-start": Job("bench.start:start", torch_mode="reduce-overhead", after=("cold-start",), cache="kept"),

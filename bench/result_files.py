@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class Results:
     def package(self, name: str) -> str:
         """Return a package with the version it had."""
         return f"{name} {self.machine[name]}"
+
+
+def command_of(module: str, argv: Sequence[str] | None) -> str:
+    """Return the shell command of a module of ``bench`` with these arguments; None: with those of this process."""
+    return shlex.join(["python", "-m", f"bench.{module}", *(sys.argv[1:] if argv is None else argv)])
 
 
 def shown_command(command: str) -> str:

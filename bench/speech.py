@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.processes import Bench, add_options, check_options, machine
 from bench.registry import ROWS, Job, chosen
+from bench.result_files import command_of
 from bench.run import median
 from bench.timing import COMPILE, SKIPS
 
@@ -56,7 +57,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line; return the number of rows that failed."""
     arguments = arguments_of(argv)
-    return run(arguments, chosen(arguments.rows), "python -m bench.speech " + " ".join(sys.argv[1:] if argv is None else argv))
+    return run(arguments, chosen(arguments.rows), command_of("speech", argv))
 
 
 def run(arguments: argparse.Namespace, jobs: dict[str, Job], command: str) -> int:

@@ -6,7 +6,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 COLD_BYTES = 200e6  # four times the L2 cache of an H200
 LAUNCHES = 40  # of a graph, at least
 ROUNDS = 7
-SECONDS = 20  # after which a search tries nothing more
+SECONDS = 20  # after which a search compiles nothing more
 
 
 def can_search(device: torch.device) -> bool:
@@ -49,7 +50,7 @@ def search(
         except torch.cuda.OutOfMemoryError:
             log.warning("no memory is free to measure the launches of %s: in this process %s is used, chosen by rule", shape, launches[0])
         else:
-            times = _measure(shape, launches, copies, run, started + SECONDS)
+            times = _measure(_compiled(shape, launches, weights, run, started + SECONDS), copies, run)
         if not times:
             remember(shape, device, launches[0])
             return launches[0]
@@ -86,24 +87,36 @@ def _aside(device: torch.device) -> Iterator[None]:
     torch.cuda.synchronize(device)
 
 
-def _measure(
+def _compiled(
     shape: Shape,
-    launches: Iterable[Launch],
-    copies: Sequence[Sequence[torch.Tensor]],
+    launches: Sequence[Launch],
+    weights: Sequence[torch.Tensor],
     run: Callable[[Sequence[torch.Tensor], Launch], object],
     deadline: float,
-) -> dict[Launch, float]:
-    """Return the microseconds of each of ``launches`` that works, as many as are measured until ``deadline``."""
-    times: dict[Launch, float] = {}
-    for launch in launches:
-        if times and time.perf_counter() > deadline:
-            log.info("%s: %d launches were measured in %d s, and no more", shape, len(times), SECONDS)
-            break
+) -> list[Launch]:
+    """Return those of ``launches`` that work, which ran once: the first, and as many as are compiled, side by side, until ``deadline``."""
+    device = weights[0].device
+
+    def works(launch: Launch) -> bool:
+        if launch != launches[0] and time.perf_counter() > deadline:
+            return False
         try:
-            times[launch] = median(microseconds(lambda copy, launch=launch: run(copy, launch), copies))
+            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+                run(weights, launch)
         except (triton.TritonError, RuntimeError) as error:
             log.debug("%s: %s is left out: %s", shape, launch, error)
-    return times
+            return False
+        return True
+
+    with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool:  # Triton compiles without Python's lock
+        return [launch for launch, did in zip(launches, pool.map(works, launches)) if did]
+
+
+def _measure(
+    launches: Sequence[Launch], copies: Sequence[Sequence[torch.Tensor]], run: Callable[[Sequence[torch.Tensor], Launch], object]
+) -> dict[Launch, float]:
+    """Return the microseconds of each of ``launches``."""
+    return {launch: median(microseconds(lambda copy, launch=launch: run(copy, launch), copies)) for launch in launches}
 
 
 def microseconds(call: Callable[[Any], object], copies: Sequence[Sequence[Any]], rounds: int = ROUNDS) -> list[float]:

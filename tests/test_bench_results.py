@@ -186,6 +186,8 @@ def test_commands_are_shown_without_where_they_wrote():
     assert result_files.shown_command("python -m bench.speech --budget 5 --rows 'qtts' eager --json /root/x.json --repeats 3") == (
         "python -m bench.speech --rows qtts eager --repeats 3"
     )
+    command = result_files.command_of("linears", ["--cases", "decoder o, down", "--json", "x"])
+    assert result_files.shown_command(command) == "python -m bench.linears --cases 'decoder o, down'"
 
 
 @pytest.mark.parametrize(

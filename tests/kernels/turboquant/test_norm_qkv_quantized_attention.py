@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from buffers import FORMATS, Buffers
+from device_assert import assert_trips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import DTYPES, EVERY_OPCHECK, dtypes, poisoned_memory, random_tensor, seeds
@@ -216,6 +217,25 @@ def test_out_of_range_is_neither_written_nor_an_error_of_memory(position):
         assert torch.equal(now.nan_to_num(7.0), old.nan_to_num(7.0))
     with pytest.raises(IndexError):
         norm_qkv_quantized_attention(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_no_scale_fits_trips_the_device_side_assert(format):
+    script = f"""
+import sys
+sys.path[:0] = ["tests/kernels", "tests/kernels/turboquant"]
+import torch
+from test_norm_qkv_quantized_attention import norm_qkv_quantized_attention_triton, served_arguments
+arguments = served_arguments(0, 48, 20, "cuda", format={format!r})
+norm_qkv_quantized_attention_triton(*arguments)
+torch.cuda.synchronize()
+print("as it should be")
+arguments[0][..., 5] = float("nan")
+norm_qkv_quantized_attention_triton(*arguments)
+torch.cuda.synchronize()
+"""
+    assert_trips(script, "a key or value is not finite")
 
 
 @pytest.mark.parametrize(
