@@ -33,7 +33,7 @@ def speech(results: Results) -> str:
         rows.append(cells("... of the 0.6B model", "0.6b"))
     frame = results.row(job="eager", row=EARLY)["figures"]["frame"]
     audio = {job: results.figure(job, "memory", "allocated, with 1984 frames of audio") for job in ("eager", "qtts")}
-    compiled, rest = ([f"{results.figure('qtts', row + end, 'compile and capture'):.1f}" for end in (" ahead", "")] for row in ("compile", "warmup"))
+    compiled = [f"{results.figure('qtts', row, 'compile and capture'):.1f}" for row in ("compile ahead", "compile")]
     first = results.figure("qtts", "first audio after a prompt of 60 tokens", "call to first chunk")
     return f"""{results.source}
 
@@ -41,8 +41,8 @@ def speech(results: Results) -> str:
 
 The eager row is bound by the host and varied from {frame["min"]:.1f} to {frame["max"]:.1f}. With the audio of 1984 frames decoded, eager reaches
 {audio["eager"]:.2f} GiB and `TTS` {audio["qtts"]:.2f}. From the call to the first 80 ms of audio, after a prompt of 60 tokens: {first:.1f} ms.
-To compile and record our frame takes {compiled[0]} s, and {compiled[1]} s where the compile cache has it: that of the first 256 slots. What
-`TTS.warmup()` compiles besides, a frame further on, prompts and the audio's decoder, takes {rest[0]} and {rest[1]} s.
+To compile and record our frame takes {compiled[0]} s, and {compiled[1]} s where the compile cache has it: that of the first 256 slots.
+What `TTS.warmup()` compiles besides, a frame further on, prompts and the audio's decoder, is in the times of whole starts.
 """
 
 
@@ -58,7 +58,7 @@ def batches(results: Results) -> str:
 
 def starts(results: Results) -> str:
     """From a checkpoint to the first audio, in the process that compiles and, if that was measured, in the next."""
-    rows, later = [], ""
+    rows, later = [], []
     for label, job in {"first process": "cold-start", "the next, which finds the compile cache full": "warm-start"}.items():
         if job not in {row["job"] for row in results.rows}:
             continue
@@ -67,9 +67,9 @@ def starts(results: Results) -> str:
         }
         numbers = [f"{figures['sum']:.0f}", f"{figures['load']:.1f}", f"{figures['compile']:.0f}", f"{figures['capture and run']:.0f}"]
         rows.append([label, *numbers, f"{figures['imports, before']:.0f}"])
-        later = later or f"{results.figure(job, 'first audio to warm', 'sum'):.0f}"
+        later.append(f"{results.figure(job, 'first audio to warm', 'sum'):.0f} s")
     titles = ["from a checkpoint in the page cache to the first audio", "seconds", "load", "`torch.compile`", "record and run", "imports, before"]
-    after = f"From the first audio until nothing is left to compile, the first process takes another {later} s."
+    after = f"From the first audio until nothing is left to compile, the first process takes another {', the next '.join(later)}."
     return f"{results.source}\n\n{markdown(titles, rows)}\n\n{after}\n"
 
 
