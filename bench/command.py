@@ -20,15 +20,17 @@ LEVELS = {
     "frame": "ms/frame of each mode, batch and position",
     "e2e": "text to waveform of each mode: load, compile, first audio, x real time, VRAM",
 }
+READ_BY = {"modes": ("frame", "e2e"), "sizes": ("frame", "e2e"), "batch": ("kernels", "frame"), "positions": ("frame",), "cases": ("kernels",)}
 
 
 def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="qtts bench", description=__doc__, epilog=_epilog(), formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("levels", nargs="*", metavar="LEVEL", help="; ".join(f"{name}: {what}" for name, what in LEVELS.items()) + " (default: all)")
-    parser.add_argument("--modes", nargs="+", default=["all"], metavar="MODE", help="of those below, or all, ours, peers (default: all)")
-    parser.add_argument("--sizes", nargs="+", default=["1.7b"], choices=SIZES, metavar="SIZE", help="of the model: 0.6b, 1.7b (default: 1.7b)")
-    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help=f"texts together; of kernels: rows (default: {_listed(BATCHES)})")
+    parser.add_argument("--modes", nargs="+", metavar="MODE", help="of those below, or all, ours, peers (default: all)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, metavar="SIZE", help="of the model: 0.6b, 1.7b (default: 1.7b)")
+    batch = f"texts together; of kernels: rows, but for those of the audio decoder (default: {_listed(BATCHES)})"
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", help=batch)
     parser.add_argument("--positions", nargs="+", type=int, metavar="N", help=f"tokens before the frames (default: {_listed(POSITIONS)})")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="kernels: names of shapes (default: all)")
     add_options(parser)
@@ -37,8 +39,12 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     for level in arguments.levels:
         if level not in LEVELS:
             parser.error(f"{level!r} is no level; there are {', '.join(LEVELS)}")
+    levels = arguments.levels or list(LEVELS)
+    for name, readers in READ_BY.items():
+        if getattr(arguments, name) and not set(readers) & set(levels):
+            parser.error(f"--{name} is for {' and '.join(readers)}, and {' and '.join(levels)} would ignore it: leave it out")
     try:
-        arguments.modes = modes_named(arguments.modes)
+        arguments.modes = modes_named(arguments.modes or ["all"])
     except ValueError as error:
         parser.error(f"--modes: {error}")
     if arguments.cases:
@@ -52,8 +58,7 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
             if not low <= value <= high:
                 parser.error(f"--{name} {value}: give {low} to {high}")
     check_options(parser, arguments)
-    if arguments.tiny:
-        arguments.sizes = ["tiny"]
+    arguments.sizes = ["tiny"] if arguments.tiny else arguments.sizes or ["1.7b"]
     return arguments
 
 
@@ -64,9 +69,7 @@ def jobs_of(arguments: argparse.Namespace) -> dict[str, Job]:
     jobs: dict[str, Job] = {}
     for level in arguments.levels or LEVELS:
         if level == "kernels":
-            for rows in batches:
-                given = {"rows": rows} | ({"cases": arguments.cases} if arguments.cases else {})
-                jobs[f"kernels rows {rows}"] = Job("bench.kernels:kernels", given, torch_mode="max-autotune-no-cudagraphs")
+            jobs |= _kernel_jobs(batches, arguments.cases)
         for size in arguments.sizes if level != "kernels" else ():
             if level == "e2e":
                 jobs[f"checkpoint-{size}"] = checkpoint_job(size)
@@ -77,6 +80,18 @@ def jobs_of(arguments: argparse.Namespace) -> dict[str, Job]:
                     job = frame_job(mode, Case(size, batch, slots=0, positions=positions), arguments.frames)
                     jobs[f"frame {mode} {size} batch {batch}"] = job
     return jobs
+
+
+def _kernel_jobs(batches: Sequence[int], names: Sequence[str] | None) -> dict[str, Job]:
+    """Return the jobs of the kernels: one for each number of rows, and one for those that have their own."""
+    from bench.kernel_cases import KERNEL_CASES
+
+    own = [name for name in names or KERNEL_CASES if KERNEL_CASES[name].own_rows]
+    others = [name for name in names or KERNEL_CASES if name not in own]
+    given = {f"kernels rows {rows}": {"rows": rows, "cases": others} for rows in batches if others} | (
+        {"kernels own rows": {"cases": own}} if own else {}
+    )
+    return {name: Job("bench.kernels:kernels", each, torch_mode="max-autotune-no-cudagraphs") for name, each in given.items()}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -36,6 +36,7 @@ class KernelCase:
         written: arguments that a call writes to.
         fixed: arguments whose dtype is not the model's.
         most_rows: that it takes together.
+        own_rows: that it is timed with, where models give it others than a row for each text.
         is_compiled: whether Inductor takes the formula, which must not depend on numbers that it reads on the host.
     """
 
@@ -47,6 +48,7 @@ class KernelCase:
     written: tuple[int, ...] = ()
     fixed: tuple[int, ...] = ()
     most_rows: int | None = None
+    own_rows: tuple[int, ...] = ()
     is_compiled: bool = True
 
     @property
@@ -78,8 +80,11 @@ def _linear(case: linears.Case) -> KernelCase:
     def arguments(rows: int, device: str, dtype: torch.dtype, copies: int) -> list[tuple[Any, ...]]:
         return linears.build_arguments(case, rows, device, copies, dtype)
 
-    weights = case.weight_bytes // 2
-    return KernelCase(case.name, case.op, arguments, lambda rows, size: weights * size, partial(linears.call_library, case))
+    def read_bytes(rows: int, size: int) -> float:
+        return case.weight_bytes // 2 * size
+
+    own_rows = () if case.rows == linears.ROWS else case.rows
+    return KernelCase(case.name, case.op, arguments, read_bytes, partial(linears.call_library, case), own_rows=own_rows)
 
 
 def _attention(name: str, slots: int, position: int) -> KernelCase:

@@ -25,16 +25,16 @@ class WrongResult(FailedParity):
 
 
 def kernels(run: Run, rows: int = 1, cases: Sequence[str] = tuple(KERNEL_CASES)) -> None:
-    """Check and time every case with so many ``rows`` of x: texts spoken together."""
-    for name in cases:
-        torch.compiler.reset()
-        run.failed.clear()  # a kernel's failure is its own
-        case = KERNEL_CASES[name]
-        with run.row(f"{name}, rows: {rows}") as row, torch.inference_mode():
-            if case.most_rows is not None and rows > case.most_rows:
-                row["skipped"] = f"takes {case.most_rows} at a time"
-            else:
-                measure(run, case, rows, row)
+    """Check and time every case with so many ``rows`` of x, texts spoken together, or with rows of its own."""
+    for case in map(KERNEL_CASES.__getitem__, cases):
+        for count in case.own_rows or (rows,):
+            torch.compiler.reset()
+            run.failed.clear()  # a kernel's failure is its own
+            with run.row(f"{case.name}, rows: {count}") as row, torch.inference_mode():
+                if case.most_rows is not None and count > case.most_rows:
+                    row["skipped"] = f"takes {case.most_rows} at a time"
+                else:
+                    measure(run, case, count, row)
 
 
 def measure(run: Run, case: KernelCase, rows: int, row: dict[str, Any]) -> None:

@@ -1,19 +1,24 @@
 """Draw results: ``python -m bench.plots FILE.json ... [--jobs JOB ...] [-o DIR]``.
 
 ``frame.png`` shows ms/frame of every row that has a speed, ``breakdown.png`` where a frame's time goes, a bar for each traced row; of several
-files, given in order, the bars stand one below the other: before and after. Without a directory the pictures stand beside the last file.
+files, given in order, the bars stand one below the other: before and after. Without a directory the pictures stand beside the last file. A picture's
+metadata name the files and jobs that it is drawn from, and have a hash of what it shows, by which a test knows whether the files still say so.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bench.breakdown import PARTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {
     "weights floor": "#4c72b0",
@@ -26,10 +31,25 @@ COLOURS = {
 
 
 class Row(NamedTuple):
-    """A row of a file, and what it is called in a picture."""
+    """A row of a file, or the part of it that is drawn, and what it is called in a picture."""
 
     label: str
     row: dict[str, Any]
+
+
+class Drawing(NamedTuple):
+    """What of a row a picture shows, and how."""
+
+    field: str
+    draw: Callable[[Sequence[Row], str], Figure]
+
+
+class Content(NamedTuple):
+    """What a picture shows, and what its metadata say of that."""
+
+    rows: list[Row]
+    title: str
+    description: str
 
 
 def rows_of(files: Iterable[Path], jobs: Sequence[str] = ()) -> list[Row]:
@@ -52,13 +72,20 @@ def rows_of(files: Iterable[Path], jobs: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-def draw_frames(rows: Sequence[Row], title: str, path: Path) -> bool:
-    """Draw a bar for the milliseconds of a frame in each row that has them; return whether any has."""
+def content_of(name: str, files: Sequence[Path], jobs: Sequence[str] = ()) -> Content:
+    """Return what a picture of :data:`DRAWINGS` shows of files and jobs, as of :func:`rows_of`; it may be nothing."""
+    field = DRAWINGS[name].field
+    rows = [Row(label, row[field]) for label, row in rows_of(files, jobs) if field in row]
+    machine = json.loads(files[-1].read_text())["machine"]
+    title = f"{machine['gpu']}, torch {machine['torch']}, triton {machine.get('triton', '-')}, {machine['date']}"
+    digest = hashlib.sha256(json.dumps([title, rows]).encode()).hexdigest()
+    return Content(rows, title, json.dumps({"files": [file.name for file in files], "jobs": list(jobs), "sha256": digest}))
+
+
+def draw_frames(speeds: Sequence[Row], title: str) -> Figure:
+    """Draw a bar for the milliseconds of a frame in each row."""
     from matplotlib.figure import Figure
 
-    speeds = [Row(label, row["ms_per_frame"]) for label, row in rows if "ms_per_frame" in row]
-    if not speeds:
-        return False
     figure = Figure(figsize=(10, 1.2 + 0.35 * len(speeds)), layout="constrained")
     axes = figure.subplots()
     medians = [speed["median"] for _, speed in speeds]
@@ -69,17 +96,13 @@ def draw_frames(rows: Sequence[Row], title: str, path: Path) -> bool:
     axes.invert_yaxis()
     axes.set_xlabel("ms per frame of 80 ms: median, least and greatest")
     axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=150)
-    return True
+    return figure
 
 
-def draw_breakdown(rows: Sequence[Row], title: str, path: Path) -> bool:
-    """Draw a stacked bar for each row that says where a frame's time goes; return whether any does."""
+def draw_breakdown(traced: Sequence[Row], title: str) -> Figure:
+    """Draw a stacked bar for each row that says where a frame's time goes."""
     from matplotlib.figure import Figure
 
-    traced = [Row(label, row["breakdown"]) for label, row in rows if "breakdown" in row]
-    if not traced:
-        return False
     figure = Figure(figsize=(10, 1.8 + 0.5 * len(traced)), layout="constrained")
     axes = figure.subplots()
     labels, left = [label for label, _ in traced], [0.0] * len(traced)
@@ -93,8 +116,7 @@ def draw_breakdown(rows: Sequence[Row], title: str, path: Path) -> bool:
     axes.set_xlabel("ms per frame of 80 ms")
     axes.set_title(title, fontsize=9)
     figure.legend(loc="outside lower center", ncols=len(PARTS), fontsize=8)
-    figure.savefig(path, dpi=150)
-    return True
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,17 +136,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = arguments.output or arguments.files[-1].parent
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        rows = rows_of(arguments.files, arguments.jobs)
+        contents = {name: content_of(name, arguments.files, arguments.jobs) for name in DRAWINGS}
     except ValueError as error:
         parser.error(str(error))
-    machine = json.loads(arguments.files[-1].read_text())["machine"]
-    title = f"{machine['gpu']}, torch {machine['torch']}, triton {machine.get('triton', '-')}, {machine['date']}"
-    drawn = [path for name, draw in DRAWINGS.items() if draw(rows, title, path := directory / name)]
+    drawn = []
+    for name, (rows, title, description) in contents.items():
+        if rows:
+            DRAWINGS[name].draw(rows, title).savefig(directory / name, dpi=150, metadata={"Description": description})
+            drawn.append(directory / name)
     print("\n".join(f"Wrote {path}" for path in drawn) or f"nothing to draw in {', '.join(map(str, arguments.files))}: no row has a speed or a trace")
     return 0 if drawn else 1
 
 
-DRAWINGS = {"frame.png": draw_frames, "breakdown.png": draw_breakdown}
+DRAWINGS = {"frame.png": Drawing("ms_per_frame", draw_frames), "breakdown.png": Drawing("breakdown", draw_breakdown)}
 
 if __name__ == "__main__":
     sys.exit(main())

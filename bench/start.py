@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bench.engines import compile_seconds
 from bench.hearing import CALL, WrongAudio, first_chunks
 from bench.run import Run
 from bench.timing import figure, synchronize
+from qtts_compile import user_cache
 from qtts_compile.tts import TTS
 
 
@@ -28,9 +30,14 @@ def directory(run: Run, size: models.Size = "1.7b") -> Path:
     return Path(run.folder) / f"checkpoint-{'tiny' if run.tiny else size}"
 
 
+def launches_found() -> int:
+    """Return for how many shapes launches are kept that were measured on this machine."""
+    return sum(len(json.loads(table.read_text())) for table in (user_cache.folder() / "launches").rglob("*.json"))
+
+
 def start(run: Run) -> None:
     """Go from a new process to the first chunk, and on until nothing is left to compile."""
-    imported = time.time() - run.started
+    imported, found = time.time() - run.started, launches_found()
     began = time.perf_counter()
     tts = TTS.from_pretrained(str(directory(run)), device=run.device, dtype=run.dtype, mode=run.mode)
     synchronize()
@@ -54,3 +61,4 @@ def start(run: Run) -> None:
         taken, compiled = time.perf_counter() - began, compile_seconds() - compiled
         parts = {"sum": taken, "compile": compiled, "capture and run": taken - compiled}
         row["figures"] = {name: figure(seconds, "s") for name, seconds in parts.items()} | {"call to first chunk": first_chunks(tts)}
+        row["figures"]["shapes whose launches were measured"] = figure(launches_found() - found, "")

@@ -53,12 +53,8 @@ def qtts(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None 
     _set_triton_ptxas_path()
     # Padded products, which Inductor chooses by timing them, would make what is rewritten a matter of chance.
     patches = {"shape_padding": False, **parsed.config_patches()}
-    if patches.get("triton.enable_pdl"):
-        raise ValueError(
-            "triton.enable_pdl=True: Inductor's kernels would not wait for those of this package, which start early themselves; leave it out"
-        )
     if hasattr(inductor_config.triton, "enable_pdl"):
-        patches["triton.enable_pdl"] = False  # an environment variable can switch it on
+        patches["triton.enable_pdl"] = False  # which an environment variable can switch on and options may not
     cache, keys = settings(gm, example_inputs, parsed, missing_compiler())
     with functorch_config.patch(cache):
         return compile_fx(gm, list(example_inputs), inner_compile=functools.partial(_compile_graph, options=parsed), config_patches=patches | keys)

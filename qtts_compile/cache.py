@@ -37,6 +37,9 @@ class StaticKVCache(nn.Module):
     Attributes:
         layers: the stack's layers.
         quantized_layers: those that are not held so.
+
+    Raises:
+        ValueError: a config whose ``head_dim`` is no int from 1 on. Batch, slots and dtype are not checked.
     """
 
     quantized_layers: tuple[int, ...] = ()

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qtts_compile.arguments import check_whole_number
 from qtts_compile.cache import StaticKVCache
 from qtts_compile.code_embeddings import CodeEmbeddings
 from qtts_compile.frame import STRETCH, Frame, Prompt, SpeechState
 from qtts_compile.launcher import Launcher
 from qtts_compile.regions import Stack
 from qtts_compile.sampling import Settings
+from qtts_compile.stacks import check_layers, find_stacks
 from qtts_compile.turboquant_cache import Protect, make_cache, warn_of
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
@@ -62,6 +64,11 @@ class Engine:
         max_seq_len: slots of the static cache: prompt and frames together.
         launcher: compiles and runs; None runs without compiling.
         kv_cache, protect: what the talker's cache holds (:func:`qtts_compile.turboquant_cache.make_cache`).
+
+    Raises:
+        TypeError: a ``max_seq_len`` that is no int, a ``protect`` that is no :class:`qtts_compile.Protect` of ints.
+        ValueError: a ``max_seq_len`` below 32 or beyond the model's positions; an unknown ``kv_cache``, or a ``protect`` or a model that does not
+            suit it; a launcher whose option ``layers`` reaches beyond a stack.
     """
 
     def __init__(
@@ -74,12 +81,13 @@ class Engine:
         protect: Protect | None = None,
     ) -> None:
         longest = talker.config.max_position_embeddings
-        if not 32 <= max_seq_len <= longest:
-            raise ValueError(f"max_seq_len={max_seq_len}: give 32 to {longest}, the positions this model knows")
+        check_whole_number("max_seq_len", max_seq_len, 32, longest, ", the positions this model knows")
         nowhere, dtype = torch.zeros(1, dtype=torch.long, device="meta"), next(talker.parameters()).dtype
         warn_of(make_cache(talker.config, 1, max_seq_len, dtype, nowhere, kv_cache, protect), stacklevel=3)
         self.talker, self.max_seq_len, self.kv_cache, self.protect = talker, max_seq_len, kv_cache, protect
         self.launcher = launcher or Launcher(next(talker.parameters()).device)
+        if self.launcher.backend == "qtts" and (layers := self.launcher.options.get("layers")):
+            check_layers(find_stacks(talker), layers)
         self._runners: dict[int, Runner] = {}
         self._shared: Shared | None = None
 

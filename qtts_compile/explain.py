@@ -19,6 +19,9 @@ def explain(module: nn.Module, *args: Any, mode: str | None = None, options: dic
         module: what to compile.
         mode, options: as for torch.compile with this backend.
         args, kwargs: the call's arguments.
+
+    Raises:
+        torch._dynamo.exc.BackendCompilerFailed: around the ValueError of a wrong option, and under ``strict`` around :class:`NotRewritten`.
     """
     torch._dynamo.reset()
     with collect() as report, torch.inference_mode():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qtts_compile.kernels.recording import graph_lock
+from qtts_compile.options import Options
 
 RECOMPILE_LIMIT = 256  # every size of batch and state compiles the same code anew
 
@@ -27,24 +28,31 @@ class Launcher:
         device: where everything runs.
         mode: ``torch.compile``'s mode, or None to run functions as they are.
         backend: ``torch.compile``'s backend.
-        options: ``torch.compile``'s options, beside what the mode stands for; but not ``kv_cache``, which is TTS's and the engine's own.
+        options: ``torch.compile``'s options, beside what the mode stands for; but not ``mode``, nor ``kv_cache``, which is TTS's and the engine's.
 
     Attributes:
         records: whether it records CUDA graphs.
         recordings: CUDA graphs recorded so far.
         runs: launches so far that no CUDA graph made.
+
+    Raises:
+        ValueError: ``mode`` or ``kv_cache`` among the options, options without a mode, and, of backend "qtts", as :meth:`Options.parse`.
+        RuntimeError: a mode that torch does not know.
     """
 
     def __init__(self, device: torch.device, mode: str | None = None, backend: str = "qtts", options: Mapping[str, Any] | None = None) -> None:
+        # CUDA graphs are recorded here and not by the backend, and what is compiled has caches of several kinds.
+        for name in ("mode", "kv_cache"):
+            if options and name in options:
+                raise ValueError(f"options={{{name!r}: {options[name]!r}}}: give it to TTS itself, {name}={options[name]!r}")
         if mode is None and options:
             raise ValueError(f"options={dict(options)} are for torch.compile and mode=None does not compile: name a mode")
-        if options and "kv_cache" in options:  # what is compiled has caches of several kinds
-            asked = options["kv_cache"]
-            raise ValueError(f"options={{'kv_cache': {asked!r}}}: give it to TTS itself, kv_cache={asked!r}, which makes the cache")
         self.mode, self.backend = mode, backend
         # torch.compile takes a mode or options, not both.
         self.options = {} if mode is None else {**torch._inductor.list_mode_options(mode), **(options or {})}
         self.records = bool(self.options.pop("triton.cudagraphs", False))
+        if backend == "qtts":
+            Options.parse(None, self.options)
         self.recordings = self.runs = 0
         self._device = device
         self._lock = threading.RLock()

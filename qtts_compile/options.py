@@ -41,7 +41,8 @@ class Options:
         """Check and read what torch.compile hands to the backend.
 
         Raises:
-            ValueError: an unknown option or mode, a value out of range or of the wrong type; the message names it and the valid ones.
+            ValueError: an unknown option or mode, a value out of range or of the wrong type, of which the message names the valid ones; options
+                that contradict each other; ``triton.enable_pdl``.
         """
         given = dict(options or {})
         if mode is not None and given.setdefault("mode", mode) != mode:
@@ -55,6 +56,10 @@ class Options:
         if parsed.executor == "eager" and parsed.config_patches():
             raise ValueError(
                 f"executor='eager' generates no code, so mode={parsed.mode!r} and {sorted(given)} have no effect; leave them or the executor out"
+            )
+        if parsed.config_patches().get("triton.enable_pdl"):
+            raise ValueError(
+                "triton.enable_pdl=True: Inductor's kernels would not wait for those of this package, which start early themselves; leave it out"
             )
         return parsed
 

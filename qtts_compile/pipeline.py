@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qtts_compile.arguments import check_whole_numbers
 from qtts_compile.codec import Codec
 from qtts_compile.engine import Engine, PromptInputs, Speech
 from qtts_compile.launcher import Launcher
@@ -43,8 +44,9 @@ class Pipeline:
         protect: Protect | None = None,
     ) -> None:
         _check_model(model)
-        if not chunk_frames or not all(type(frames) is int and frames > 0 for frames in chunk_frames):
-            raise ValueError(f"chunk_frames={chunk_frames!r}: give one or more whole numbers above 0")
+        check_whole_numbers("chunk_frames", chunk_frames)
+        if not chunk_frames:
+            raise ValueError(f"chunk_frames={chunk_frames!r}: give at least one number of frames")
         talker = model.model.talker
         self.model, self.chunk_frames = model, tuple(chunk_frames)
         self.device = next(talker.parameters()).device
@@ -61,7 +63,15 @@ class Pipeline:
 
         Sizes in between are served by the next larger one; a prompt length that is not warmed only has its CUDA graph recorded in its first calls.
         A length that does not fit into ``max_seq_len`` stands for the longest that does.
+
+        Raises:
+            TypeError: sizes or lengths that are no ints, or no sequence of them.
+            ValueError: sizes that are not 1 to ``engine.max_batch_size`` (32), lengths below 1.
+            RuntimeError: this instance speaks already.
+            torch.cuda.OutOfMemoryError: with advice what to lower.
         """
+        check_whole_numbers("batch_sizes", batch_sizes, most=self.engine.max_batch_size)
+        check_whole_numbers("prompt_lengths", prompt_lengths)
         with self._exclusively():
             call = read_call(self.model, *self._sample_call())
             settings = replace(call.settings, max_new_tokens=4, min_new_tokens=4)
@@ -226,7 +236,7 @@ def _mode(mode: str | None, options: Mapping[str, Any] | None, device: torch.dev
 def _seeds(seed: int | Sequence[int] | None, texts: int) -> list[int]:
     if seed is None:
         return torch.randint(2**32, (texts,)).tolist()
-    seeds = [seed] * texts if isinstance(seed, (int, Integral)) else list(seed)
+    seeds = list(seed) if isinstance(seed, Iterable) and not isinstance(seed, str) else [seed] * texts
     if len(seeds) != texts:
         raise ValueError(f"{len(seeds)} seeds for {texts} texts: give one for all, or one each")
     for value in seeds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,8 @@ def compile(obj: Any, *, mode: str | None = None, options: Mapping[str, Any] | N
             f"no decoder stack found in {type(obj).__name__}: a stack is a module with a list of layers that hold {', '.join(PROJECTIONS)} "
             "and a forward() that takes past_key_values; pass the model, or compile your own module with torch.compile(m, backend='qtts')"
         )
-    for stack in stacks:
-        if parsed.layers is not None and parsed.layers[1] > stack.layers:
-            raise ValueError(
-                f"layers={parsed.layers} reaches beyond the {stack.layers} layers of {stack.name}; "
-                "compile the stacks one by one to give each its own range: qtts_compile.compile(stack, options=...)"
-            )
+    if parsed.layers is not None:
+        check_layers(stacks, parsed.layers)
     if parsed.kv_cache not in (None, "bf16") and len(stacks) > 1:
         names = ", ".join(stack.name for stack in stacks)
         raise ValueError(
@@ -71,6 +67,16 @@ def compile(obj: Any, *, mode: str | None = None, options: Mapping[str, Any] | N
     for stack in stacks:
         stack.module.compile(backend="qtts", options=merged or None, dynamic=dynamic)
     return CompiledStacks(stacks)
+
+
+def check_layers(stacks: Iterable[CompiledStack], layers: Sequence[int]) -> None:
+    """Raise ``ValueError`` where the range ``layers`` reaches beyond one of the stacks."""
+    for stack in stacks:
+        if layers[1] > stack.layers:
+            raise ValueError(
+                f"layers={tuple(layers)} reaches beyond the {stack.layers} layers of {stack.name}; end it there, or "
+                "compile the stacks one by one to give each its own range: qtts_compile.compile(stack, options=...)"
+            )
 
 
 def find_stacks(obj: Any) -> Iterator[CompiledStack]:

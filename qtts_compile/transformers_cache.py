@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from qtts_compile.arguments import check_whole_number
 from qtts_compile.cache import View
 from qtts_compile.turboquant_cache import Protect, TurboQuantKVCache, warn_of
 
@@ -57,10 +58,7 @@ class TurboQuantCache(Cache):
         if not hasattr(config, "num_hidden_layers"):
             raise TypeError(f"config is a {type(config).__name__}, which has no layers: give the decoder's (of a talker: talker.config)")
         for name, value in {"batch": batch, "slots": slots}.items():
-            if type(value) is not int:
-                raise TypeError(f"{name}={value!r}: give a whole number")
-            if value < 1:
-                raise ValueError(f"{name}={value}: give 1 or more")
+            check_whole_number(name, value)
         dtype = dtype or getattr(config, "dtype", None) or torch.get_default_dtype()
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise TypeError(f"dtype={dtype}: give the model's, which has to be bfloat16, float16 or float32")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from qtts_compile.arguments import check_whole_number
 from qtts_compile.cache import StaticKVCache, View, add_buffer, within
 from qtts_compile.kernels.turboquant.format import Format
 from qtts_compile.kernels.turboquant.read import quantized_kv_read
@@ -40,11 +41,8 @@ class Protect(NamedTuple):
     def check(self, slots: int) -> None:
         """Raise ``TypeError`` for what is no whole number, and ``ValueError`` for one that cannot be protected in a cache of ``slots``."""
         for name, value in self._asdict().items():
-            if type(value) is not int:
-                raise TypeError(f"protect: {name}={value!r}: give a whole number")
-            if value < (least := int(name == "window")):
-                why = ": a token attends to its own key and value as they are" if least else ""
-                raise ValueError(f"protect: {name}={value}: give {least} or more{why}")
+            least = int(name == "window")
+            check_whole_number(f"protect: {name}", value, least, why=": a token attends to its own key and value as they are" if least else "")
         if self.sinks + self.window >= slots:
             raise ValueError(
                 f"protect: sinks={self.sinks} and window={self.window} keep every token of {slots} slots as it is, so that none would be read "

@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from bench import readme, result_files, tables
 from bench.breakdown import PARTS, Kernel, attribute, classify, parts
+from bench.plots import content_of, rows_of
 from bench.plots import main as plot
-from bench.plots import rows_of
 from bench.registry import MODES
 from bench.timing import figure, kernel_table
 from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
@@ -41,6 +42,23 @@ def test_every_result_is_shown():
     shown = {file for _, file in readme.BLOCK.findall(text)}
     assert {path.stem for path in result_files.RESULTS.glob("*.json")} == shown
     assert all(f"results/{path.name})" in text for path in result_files.RESULTS.glob("*.png"))
+
+
+def described(picture: Path) -> str:
+    with Image.open(picture) as image:
+        return image.info["Description"]
+
+
+@pytest.mark.parametrize("picture", sorted(result_files.RESULTS.glob("*.png")), ids=lambda path: path.name)
+def test_pictures_agree_with_the_results(picture, tmp_path):
+    source = json.loads(described(picture))
+    files = [result_files.RESULTS / name for name in source["files"]]
+    again = f"python -m bench.plots {' '.join(map(str, files))} --jobs {' '.join(source['jobs'])} -o DIR"
+    assert content_of(picture.name, files, source["jobs"]).description == described(picture), f"draw it again by `{again}`"
+    content = json.loads(files[-1].read_text())
+    next(row for row in content["rows"] if row.get("job") == source["jobs"][-1] and "breakdown" in row)["breakdown"]["idle"] += 0.001
+    (tmp_path / files[-1].name).write_text(json.dumps(content))
+    assert content_of(picture.name, [*files[:-1], tmp_path / files[-1].name], source["jobs"]).description != described(picture)
 
 
 def test_the_measurements_name_every_mode():
@@ -280,8 +298,8 @@ def test_pictures_are_drawn_from_results(results, tmp_path, capsys):
     traced = {"job": "qtts", "row": "where a frame's time goes, from position 64 on", "breakdown": dict.fromkeys(PARTS, 500.0)}
     before, after = results("before", speed, traced), results("after", speed, {"job": "eager", "row": "all", "error": "no"})
     assert plot([before, after, "-o", str(tmp_path / "pictures")]) == 0
-    pictures = {path.name: path.read_bytes()[:8] for path in (tmp_path / "pictures").iterdir()}
-    assert pictures == dict.fromkeys(("frame.png", "breakdown.png"), b"\x89PNG\r\n\x1a\n")
+    pictures = {path.name: described(path) for path in (tmp_path / "pictures").iterdir()}
+    assert pictures == {name: content_of(name, [Path(before), Path(after)]).description for name in ("frame.png", "breakdown.png")}
     assert plot([after]) == 0 and (tmp_path / "frame.png").is_file() and not (tmp_path / "breakdown.png").exists()
     assert "Wrote" in capsys.readouterr().out
 

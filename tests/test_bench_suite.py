@@ -143,6 +143,23 @@ def test_kernels_are_checked_and_timed(run):  # noqa: F811
     assert all(row["skipped"] == "takes 1 at a time" and "figures" not in row for row in skipped)
 
 
+def test_kernels_of_the_audio_decoder_are_timed_with_the_rows_that_it_has(run):  # noqa: F811
+    def rows_of(*argv):
+        return {name: job.arguments for name, job in jobs_of(arguments_of(["kernels", *argv])).items()}
+
+    whole = rows_of()
+    assert {name: given.get("rows") for name, given in whole.items()} == {"kernels rows 1": 1, "kernels rows 8": 8, "kernels own rows": None}
+    assert all(name.startswith("decoder ") for name in whole["kernels own rows"]["cases"]) and len(whole["kernels own rows"]["cases"]) == 5
+    assert whole["kernels rows 8"]["cases"] == [name for name in KERNEL_CASES if not name.startswith("decoder ")]
+    names = ["decoder output", "decoder pointwise"]
+    assert rows_of("--cases", "talker o", "--batch", "2") == {"kernels rows 2": {"rows": 2, "cases": ["talker o"]}}
+    assert rows_of("--cases", *names, "--batch", "8") == {"kernels own rows": {"cases": names}}
+    kernels(run, 8, names)
+    rows = written(run)
+    assert [row["row"] for row in rows] == ["decoder output, rows: 1", "decoder pointwise, rows: 2", "decoder pointwise, rows: 4"]
+    assert all("error" not in row and row["check"] for row in rows)
+
+
 def test_a_wrong_kernel_gets_no_time(run, monkeypatch):  # noqa: F811
     reference = KERNEL_CASES["predictor norm"].reference
     monkeypatch.setattr(KernelCase, "kernel", property(lambda case: lambda *given: reference(*given) * 1.01))
@@ -195,12 +212,25 @@ def test_help_names_every_mode(capsys):
         (["kernels", "--cases", "talker"], "'talker': no such shape; there are talker qkv"),
         (["--batch", "64"], "--batch 64: give 1 to 32"),
         (["--positions", "3"], "--positions 3: give 25 to 32000"),
+        (["e2e", "--batch", "8"], "--batch is for kernels and frame, and e2e would ignore it"),
+        (["e2e", "--positions", "64"], "--positions is for frame, and e2e would ignore it"),
+        (["kernels", "e2e", "--positions", "64"], "--positions is for frame, and kernels and e2e would ignore it"),
+        (["kernels", "--modes", "all"], "--modes is for frame and e2e, and kernels would ignore it"),
+        (["kernels", "--sizes", "1.7b"], "--sizes is for frame and e2e, and kernels would ignore it"),
+        (["frame", "e2e", "--cases", "talker o"], "--cases is for kernels, and frame and e2e would ignore it"),
     ],
 )
 def test_wrong_usage_names_the_way_out(options, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench", *options])
     assert message in capsys.readouterr().err
+
+
+def test_options_are_taken_where_a_level_reads_them():
+    given = ["--modes", "hybrid", "--sizes", "0.6b", "--batch", "2", "--positions", "64", "--cases", "talker o"]
+    assert list(jobs_of(arguments_of(given))) == ["kernels rows 2", "frame hybrid 0.6b batch 2", "checkpoint-0.6b", "e2e hybrid 0.6b"]
+    (frame,) = jobs_of(arguments_of(["frame", "--modes", "hybrid", "--batch", "1"])).values()
+    assert frame.labels["size"] == "1.7b"
 
 
 def test_a_machine_without_a_gpu_is_told_so(monkeypatch):

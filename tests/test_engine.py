@@ -221,7 +221,7 @@ def test_wrong_calls_are_refused(talker, engine):
         engine.start(prompt(talker, [2] * 33), settings(), [0] * 33)
     with pytest.raises(ValueError, match="2 seeds for 1"):
         engine.start(prompt(talker, [9]), settings(), [0, 1])
-    with pytest.raises(ValueError, match="max_seq_len=8"):
+    with pytest.raises(ValueError, match="max_seq_len=8: give 32 to .*, the positions this model knows"):
         Engine(talker, max_seq_len=8)
 
 
@@ -271,6 +271,11 @@ def test_a_range_of_layers_is_rewritten_in_stacks_compiled_whole():
     assert torch.equal(codes, generate_codes(talker, 32, [9]))
     steps = [kernels(graph)["qk_norm_rope_attention"] + kernels(graph)["norm_qkv_attention"] for graph in report.graphs]
     assert [count for count in steps if count] == [1, 1, 1]
+
+
+def test_a_range_of_layers_beyond_a_stack_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"layers=\(0, 3\) reaches beyond the 2 layers of code_predictor.model; end it there, or "):
+        Engine(build_talker("0.6b"), launcher=Launcher(CPU, "default", options={"layers": [0, 3]}))
 
 
 def build_frame() -> Frame:

@@ -126,7 +126,7 @@ def test_published_shape_is_as_exact_as_eager(full_size):
 
 
 @pytest.mark.parametrize(
-    ("size", "batch", "slots"), [("0.6b", 1, SLOTS), ("1.7b", 1, 512), ("1.7b", 3, SLOTS), ("1.7b", 8, 512), ("1.7b", 16, SLOTS)]
+    ("size", "batch", "slots"), [("0.6b", 1, SLOTS), ("1.7b", 1, 512), ("1.7b", 3, SLOTS), ("1.7b", 8, 512), ("1.7b", 16, SLOTS), ("1.7b", 32, SLOTS)]
 )
 def test_other_sizes_slots_and_batches_are_as_exact_as_eager(size, batch, slots):
     assert_as_exact_as_eager(published_states(published(size), batch, slots))

@@ -68,6 +68,7 @@ REFUSED = [
     ({"kv_cache": "int2"}, "kv_cache='int2'", "bf16, int4, int3, k4v3, fp8"),
     ({"kv_cache": 4}, "kv_cache=4", "bf16, int4"),
     ({"kv_cache": ["int4"]}, "'int4'", "bf16, int4"),
+    *[({"triton.enable_pdl": True}, "triton.enable_pdl=True", "leave it out")] * ("triton.enable_pdl" in torch._inductor.list_options()),
 ]
 
 

@@ -145,6 +145,8 @@ def test_without_a_seed_torch_s_generator_gives_one_that_repeats_the_speech(tts)
         (2**63, ValueError, "64 bits"),
         (True, TypeError, "seed=True"),
         ([1, 2, 0.5], TypeError, "seed=0.5"),
+        (1.5, TypeError, "seed=1.5: give a whole number"),
+        ("123", TypeError, "seed='123': give a whole number"),
     ],
 )
 def test_wrong_seeds_are_refused(tts, seed, error, message):

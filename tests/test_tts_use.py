@@ -3,6 +3,7 @@
 import gc
 import inspect
 import itertools
+import re
 import subprocess
 import sys
 import threading
@@ -205,10 +206,12 @@ def test_a_checkpoint_is_loaded_by_its_directory():
         ({"mode": "max-autotune"}, "records CUDA graphs"),
         ({"mode": "default", "options": {"triton.cudagraphs": True}}, "records CUDA graphs"),
         ({"mode": "fast"}, "mode='fast': give 'auto', None or one of default, reduce-overhead"),
-        ({"options": {"strict": True}}, "mode=None does not compile"),
-        ({"chunk_frames": ()}, r"chunk_frames=\(\)"),
-        ({"chunk_frames": (1, 0)}, r"chunk_frames=\(1, 0\)"),
-        ({"mode": "default", "options": {"kv_cache": "int4"}, "kv_cache": "int4"}, "'kv_cache': 'int4'}: give it to TTS itself, kv_cache='int4'"),
+        ({"mode": None, "options": {"strict": True}}, "mode=None does not compile"),
+        ({"mode": "default", "options": {"nonsense": 1}}, "unknown option 'nonsense'"),
+        ({"mode": "default", "options": {"triton-cudagraphs": True}}, "unknown option 'triton-cudagraphs'"),
+        ({"mode": "default", "options": {"layers": (0, 2)}}, r"layers=\(0, 2\) reaches beyond the 1 layers of code_predictor.model"),
+        ({"chunk_frames": ()}, r"chunk_frames=\(\): give at least one"),
+        ({"chunk_frames": (1, 0)}, r"chunk_frames\[1\]=0: give 1 or more"),
         ({"kv_cache": "int2"}, "kv_cache='int2': give one of bf16, int4, int3, k4v3, fp8"),
         ({"kv_cache": "int4", "max_seq_len": 64}, "sinks=4 and window=64 keep every token of 64 slots"),
         ({"protect": Protect()}, "kv_cache='bf16' quantises nothing"),
@@ -217,6 +220,44 @@ def test_a_checkpoint_is_loaded_by_its_directory():
 def test_wrong_arguments_are_refused(tts, arguments, message):
     with pytest.raises(ValueError, match=message):
         TTS(tts.model, **arguments)
+
+
+@pytest.mark.parametrize("mode", [None, "default", pytest.param("auto", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiles"))])
+@pytest.mark.parametrize(("name", "value"), [("mode", "reduce-overhead"), ("kv_cache", "int4")])
+def test_what_is_tts_s_own_is_no_option(tts, mode, name, value):
+    with pytest.raises(ValueError, match=f"options={{'{name}': '{value}'}}: give it to TTS itself, {name}='{value}'"):
+        TTS(tts.model, mode=mode, options={name: value})
+
+
+@pytest.mark.parametrize("name", ["max_seq_len", "chunk_frames"])
+@pytest.mark.parametrize("value", ["2048", 256.5, True, None, (64, "2")], ids=str)
+def test_what_is_no_whole_number_is_named(tts, name, value):
+    given: Any = {name: value}
+    named = r"chunk_frames\[1\]='2'" if (name, value) == ("chunk_frames", (64, "2")) else re.escape(f"{name}={value!r}")
+    with pytest.raises(TypeError, match=f"{named}: give a .*whole number"):
+        TTS(tts.model, **given)
+
+
+@pytest.mark.parametrize("name", ["batch_sizes", "prompt_lengths"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ((1, 0), ValueError, r"\[1\]=0: give 1 "),
+        ((-3,), ValueError, r"\[0\]=-3: give 1 "),
+        ((1.5,), TypeError, r"\[0\]=1.5: give a whole number"),
+        (("1",), TypeError, r"\[0\]='1': give a whole number"),
+        (4, TypeError, "=4: give a tuple or list of whole numbers"),
+        ("4", TypeError, "='4': give a tuple or list"),
+    ],
+)
+def test_wrong_sizes_to_warm_are_refused(tts, name, value, error, message):
+    with pytest.raises(error, match=f"^{name}{message}"):
+        tts.warmup(**{name: value})
+
+
+def test_more_texts_than_a_batch_holds_cannot_be_warmed(tts):
+    with pytest.raises(ValueError, match=r"^batch_sizes\[1\]=33: give 1 to 32"):
+        tts.warmup(batch_sizes=(1, 33))
 
 
 def test_a_quantised_cache_that_protects_every_layer_is_warned_of(tts):

@@ -122,7 +122,8 @@ def test_buffers_are_what_the_format_takes(format, dtype):
 
 
 @pytest.mark.parametrize(
-    ("format", "gib", "protected_gib"), [("bf16", 28.0, 28.0), ("int4", 7.22, 8.92), ("int3", 5.47, 7.29), ("fp8", 14.22, 15.42)]
+    ("format", "gib", "protected_gib"),
+    [("bf16", 28.0, 28.0), ("int4", 7.22, 8.92), ("int3", 5.47, 7.29), ("k4v3", 6.34, 8.11), ("fp8", 14.22, 15.42)],
 )
 def test_caches_of_the_published_size_take_what_is_claimed(format, gib, protected_gib):
     """32 texts over 8192 slots, all layers quantised and, with what is kept as it is, the default."""

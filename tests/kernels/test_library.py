@@ -99,10 +99,8 @@ def test_a_decode_step_replays_as_a_cuda_graph(joined):
 
 @pytest.mark.gpu
 def test_a_position_out_of_range_trips_the_device_side_assert():
-    script = """
-import torch
+    setup = """
 from qtts_compile.kernels.kv_write import kv_write
-kv_write(torch.zeros(1, 1, 4, 8, device="cuda"), torch.ones(1, 1, 1, 8, device="cuda"), torch.tensor([4], device="cuda"))
-torch.cuda.synchronize()
+cache, src, position = torch.zeros(1, 1, 4, 8, device="cuda"), torch.ones(1, 1, 1, 8, device="cuda"), torch.tensor([3], device="cuda")
 """
-    assert_trips(script, "position is out of range")
+    assert_trips(setup, "kv_write(cache, src, position)", "position += 1", "position is out of range")

@@ -75,27 +75,23 @@ def test_a_cuda_graph_replays_with_other_settings():
 @pytest.mark.parametrize("logits", ["float('nan')", "float('-inf')"])
 @pytest.mark.parametrize("do_sample", [0, 1])
 def test_a_row_without_a_finite_largest_logit_trips_the_device_side_assert(logits, do_sample):
-    script = f"""
-import torch
+    setup = f"""
 from qtts_compile.kernels.sample import sample
+logits, ones = torch.linspace(-1, 1, 99, device="cuda")[None], torch.ones(2, 1, dtype=torch.int64, device="cuda")
 controls = torch.tensor([{do_sample}, 1.0, 50, 0.9, 1], device="cuda")
-sample(torch.full((1, 99), {logits}, device="cuda"), controls, *torch.ones(2, 1, dtype=torch.int64, device="cuda"))
-torch.cuda.synchronize()
 """
-    assert_trips(script, "largest logit is not finite")
+    assert_trips(setup, "sample(logits, controls, *ones)", f"logits.fill_({logits})", "largest logit is not finite")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("temperature", ["float('nan')", "0.0", "-1.0"])
 def test_a_temperature_that_is_not_positive_trips_the_device_side_assert(temperature):
-    script = f"""
-import torch
+    setup = """
 from qtts_compile.kernels.sample import sample
-controls = torch.tensor([1, {temperature}, 5, 0.9, 1], device="cuda")
-sample(torch.linspace(-1, 1, 99, device="cuda")[None], controls, *torch.ones(2, 1, dtype=torch.int64, device="cuda"))
-torch.cuda.synchronize()
+logits, ones = torch.linspace(-1, 1, 99, device="cuda")[None], torch.ones(2, 1, dtype=torch.int64, device="cuda")
+controls = torch.tensor([1, 1.0, 5, 0.9, 1], device="cuda")
 """
-    assert_trips(script, "temperature is not positive")
+    assert_trips(setup, "sample(logits, controls, *ones)", f"controls[1] = {temperature}", "temperature is not positive")
 
 
 @pytest.mark.parametrize("do_sample", [0, 1])

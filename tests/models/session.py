@@ -7,9 +7,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from qtts_compile import Protect, TurboQuantCache
+from qtts_compile.options import KV_CACHES
+
 from .cases import ModelCase
 
-CacheKind = Literal["static", "dynamic"]
+CacheKind = Literal["static", "dynamic", "int4", "int3", "k4v3", "fp8"]
 MaskKind = Literal["4d", "4d-additive", "2d", "none"]
 Axes = Literal["distinct", "shared"]
 
@@ -21,10 +24,11 @@ class Session:
     it returns. The tokens of a row are a fixed function of ``seed``: ``clone`` replays them on a cache of its own, ``row`` replays one row
     without its padding, and prefill of n+1 tokens sees the same input as prefill of n and one decode step.
 
-    cache: "static" allocates all ``max_len`` slots here, outside any compiled region; "dynamic" grows.
+    cache: "static" allocates all ``max_len`` slots here, outside any compiled region; "dynamic" grows; the others are as the first, quantised.
+    protect: what a quantised one keeps as it is.
     mask: "4d" is bool ``[B, 1, T, S]`` over all S slots, "4d-additive" the same as 0 and the dtype's minimum, "2d" the long mask of the
         tokens seen so far, which the model expands itself (``[B, max_len]`` with zeros ahead for a static cache, else ``[B, seen]``),
-        "none" leaves the mask to the model. Default: "4d" for a static cache and "2d", as ``generate`` calls it, for a dynamic one.
+        "none" leaves the mask to the model. Default: "4d" for a static cache and "2d", as ``generate`` calls it, for others.
     padding: masked slots at the left of each row.
     axes: the position ids ``[3, B, T]`` of a model with three rotary axes differ by axis ("distinct", so that a mix-up of sections
         shows) or are one expanded tensor ("shared", as for speech).
@@ -36,6 +40,7 @@ class Session:
         case: ModelCase,
         *,
         cache: CacheKind = "static",
+        protect: Protect | None = None,
         mask: MaskKind | None = None,
         batch: int = 1,
         max_len: int = 64,
@@ -43,14 +48,15 @@ class Session:
         axes: Axes = "distinct",
         seed: int = 0,
     ) -> None:
-        if cache not in ("static", "dynamic"):
-            raise ValueError(f"cache {cache!r}: choose static or dynamic")
+        if cache not in ("static", "dynamic", *KV_CACHES[1:]):
+            raise ValueError(f"cache {cache!r}: choose static, dynamic or {' or '.join(KV_CACHES[1:])}")
         if axes not in ("distinct", "shared"):
             raise ValueError(f"axes {axes!r}: choose distinct or shared")
         if padding is not None and len(padding) != batch:
             raise ValueError(f"padding {padding} names {len(padding)} rows, batch has {batch}")
         self.model, self.case, self.batch, self.max_len, self.seed = model, case, batch, max_len, seed
         self.cache_kind: CacheKind = cache
+        self.protect = protect
         self.axes: Axes = axes
         self.mask_kind: MaskKind = mask or ("4d" if cache == "static" else "2d")
         if self.mask_kind not in ("4d", "4d-additive", "2d", "none"):
@@ -90,10 +96,10 @@ class Session:
     def reset(self) -> None:
         """Go back to position 0; a static cache keeps its buffers."""
         self.position = 0
-        if self.cache_kind == "static":
-            self.cache.reset()
-        else:
+        if self.cache_kind == "dynamic":
             self.cache = self._new_cache()
+        else:
+            self.cache.reset()
 
     @property
     def valid(self) -> torch.Tensor:
@@ -105,6 +111,7 @@ class Session:
             self.model,
             self.case,
             cache=self.cache_kind,
+            protect=self.protect,
             mask=self.mask_kind,
             batch=batch,
             max_len=self.max_len,
@@ -119,6 +126,9 @@ class Session:
         config: Any = self.model.config
         if self.cache_kind == "dynamic":
             return DynamicCache(config=config)
+        if self.cache_kind != "static":
+            given: dict[str, Any] = dict(dtype=self.dtype, device=self.device, start=self.padding)
+            return TurboQuantCache(config, self.batch, self.max_len, self.cache_kind, self.protect, **given)
         cache = StaticCache(config=config, max_cache_len=self.max_len)
         # Allocates the buffers and marks their addresses static, in both transformers lines.
         cache.early_initialization(self.batch, self.case.kv_heads, self.case.head_dim, self.dtype, self.device)
@@ -159,7 +169,7 @@ class Session:
     def _mask(self, start: int, end: int) -> torch.Tensor | None:
         if self.mask_kind == "none":
             return None
-        slots = self._slots(self.max_len if self.cache_kind == "static" else end)
+        slots = self._slots(end if self.cache_kind == "dynamic" else self.max_len)
         present = slots >= self._starts()  # [B, S]
         if self.mask_kind == "2d":
             return (present & (slots < end)).long()

@@ -8,7 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-from buffers import Buffers
+from buffers import FORMATS, Buffers
+from device_assert import assert_trips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_heads_attention import MROPE, VARIANTS, with_parts
@@ -22,6 +23,7 @@ from qtts_compile.kernels.heads_attention import serves_codes
 from qtts_compile.kernels.qk_norm_rope_quantized_attention import qk_norm_rope_quantized_attention_triton
 from qtts_compile.kernels.rotary import as_angles
 
+K, V = 1, 2
 K_CODES, V_CODES, SCALES, KEPT, POSITION, START, SINKS, FORMAT, MASK = range(11, 20)
 
 
@@ -137,6 +139,20 @@ def test_the_first_slots_of_a_longer_cache(device):
     for now, old in zip(whole[:2], before[:2]):
         assert torch.equal(now[:, :, 128:], old[:, :, 128:])
     assert torch.equal(whole.scales[..., 128:].nan_to_num(7.0), before.scales[..., 128:].nan_to_num(7.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("texts", "parts"), [(2, 4), (16, 1), (32, 0)])
+@pytest.mark.parametrize("spoiled", ["K", "V"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_no_scale_fits_trips_the_device_side_assert(format, spoiled, texts, parts):
+    """Of one text, by the kernel of clusters and with 0 parts by those of one block, which alone are launched where there are no clusters."""
+    setup = f"""
+from test_coded_heads_attention import K, V, arguments_of, qk_norm_rope_quantized_attention_triton, with_parts
+arguments = arguments_of({texts}, 48, 20, device="cuda", starts=[0] * {texts}, format={format!r})
+"""
+    call, spoil = f"with_parts({parts}, qk_norm_rope_quantized_attention_triton, *arguments)", f'arguments[{spoiled}][-1, 0, 0, 5] = float("nan")'
+    assert_trips(setup, call, spoil, "a key or value is not finite")
 
 
 @pytest.mark.parametrize(

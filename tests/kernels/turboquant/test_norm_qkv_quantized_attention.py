@@ -222,20 +222,12 @@ def test_out_of_range_is_neither_written_nor_an_error_of_memory(position):
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_no_scale_fits_trips_the_device_side_assert(format):
-    script = f"""
-import sys
-sys.path[:0] = ["tests/kernels", "tests/kernels/turboquant"]
-import torch
+    setup = f"""
 from test_norm_qkv_quantized_attention import norm_qkv_quantized_attention_triton, served_arguments
 arguments = served_arguments(0, 48, 20, "cuda", format={format!r})
-norm_qkv_quantized_attention_triton(*arguments)
-torch.cuda.synchronize()
-print("as it should be")
-arguments[0][..., 5] = float("nan")
-norm_qkv_quantized_attention_triton(*arguments)
-torch.cuda.synchronize()
 """
-    assert_trips(script, "a key or value is not finite")
+    call, spoil = "norm_qkv_quantized_attention_triton(*arguments)", 'arguments[0][..., 5] = float("nan")'
+    assert_trips(setup, call, spoil, "a key or value is not finite")
 
 
 @pytest.mark.parametrize(
