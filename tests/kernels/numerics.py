@@ -49,15 +49,23 @@ def rotations(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([weight.roll(turn, 1) for turn in range(-(-64 // len(weight)))])
 
 
+def with_other_scales(x: torch.Tensor) -> torch.Tensor:
+    """Return rows ``x`` [..., K] that a norm divides by their length, and the same rows of three other lengths, [4, ..., K].
+
+    The error of a row's scale is in all of its outputs, and small by chance, however many outputs there are.
+    """
+    return torch.stack([x, x * 0.875, x * 0.75, x * 0.625])
+
+
 def assert_accurate(actual: torch.Tensor, oracle: torch.Tensor, reference: torch.Tensor, leading: bool = False) -> None:
     """Assert that ``actual`` is finite and within twice the error of ``reference`` plus a rounding of the largest value.
 
-    leading: ``oracle`` and ``reference`` have more outputs than ``actual``, which are there to measure the reference's error.
+    leading: ``oracle`` and ``reference`` have more rows or outputs than ``actual``, which are there to measure the reference's error.
     """
     error_of_all = (reference.double() - oracle).abs()
     largest = oracle.abs()
     if leading:
-        oracle, reference = (t[..., : actual.shape[-1]] for t in (oracle, reference))
+        oracle, reference = (t[tuple(map(slice, actual.shape))] for t in (oracle, reference))
     assert actual.shape == reference.shape and actual.dtype == reference.dtype, (
         f"{actual.shape} {actual.dtype}, not {reference.shape} {reference.dtype}"
     )

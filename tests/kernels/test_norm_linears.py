@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
+from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds, with_other_scales
 
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.norm_linears import norm_linears, norm_linears_reference, norm_linears_triton
@@ -24,9 +24,10 @@ def check(x, norm_weight, weights, biases, launch=None):
         ys = norm_linears_triton(x, norm_weight, weights, biases, EPS, launch)
     many = [rotations(weight) for weight in weights]
     biases = [bias if bias is None else bias.repeat(len(more) // len(bias)) for bias, more in zip(biases, many)]
-    references = norm_linears_reference(x, norm_weight, many, biases, EPS)
-    for y, expected, reference in zip(ys, oracle(x, norm_weight, many, biases), references, strict=True):
-        assert_accurate(y, expected, reference, leading=True)
+    more = x[None] if norm_weight is None else with_other_scales(x)
+    references = norm_linears_reference(more, norm_weight, many, biases, EPS)
+    for y, expected, reference in zip(ys, oracle(more, norm_weight, many, biases), references, strict=True):
+        assert_accurate(y[None], expected, reference, leading=True)
         assert y.is_contiguous()
     return ys
 

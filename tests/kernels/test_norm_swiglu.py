@@ -1,8 +1,8 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds
+from numerics import DTYPES, LAYOUTS, assert_accurate, dtypes, layouts, poisoned_memory, random_tensor, rotations, seeds, with_other_scales
 
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.norm_swiglu import norm_swiglu, norm_swiglu_reference, norm_swiglu_triton
@@ -25,7 +25,8 @@ def check(x, norm_weight, gate_weight, up_weight, launch=None):
     with poisoned_memory():
         y = norm_swiglu_triton(x, norm_weight, gate_weight, up_weight, EPS, launch)
     weights = rotations(gate_weight), rotations(up_weight)
-    assert_accurate(y, oracle(x, norm_weight, *weights), norm_swiglu_reference(x, norm_weight, *weights, EPS), leading=True)
+    more = x[None] if norm_weight is None else with_other_scales(x)
+    assert_accurate(y[None], oracle(more, norm_weight, *weights), norm_swiglu_reference(more, norm_weight, *weights, EPS), leading=True)
     assert y.is_contiguous()
     return y
 
@@ -47,6 +48,7 @@ def test_kernel_is_as_accurate_as_eager(device, shape, width, size, has_norm, dt
     st.integers(1, 16), st.sampled_from([30, 256]), st.sampled_from([1, 2, 8, 16]), st.sampled_from([2, 4, 16]),
     st.sampled_from([16, 64, 256]), st.sampled_from([1, 2, 4]), st.integers(0, 3), dtypes, seeds,
 )  # fmt: skip
+@example(4, 30, 4, 2, 16, 1, 0, torch.float32, 224)  # where eager PyTorch happens to round the scale of the largest outputs to the truth
 def test_launch_parameters_do_not_change_results(device, rows, width, block_m, block_n, block_k, num_warps, in_flight, dtype, seed):
     block_m = max(block_m, 1 << (rows - 1).bit_length())
     x, norm_weight = random_tensor(seed, (rows, width), dtype, device), random_tensor(seed + 1, (width,), dtype, device)

@@ -11,7 +11,7 @@ import torch
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import assert_accurate, poisoned_memory, random_tensor, rotations, seeds
+from numerics import assert_accurate, poisoned_memory, random_tensor, rotations, seeds, with_other_scales
 
 from qtts_compile.kernels.embedding_linear import embedding_linear_reference, embedding_linear_triton
 from qtts_compile.kernels.launch_table import Launch
@@ -56,13 +56,14 @@ def test_norm_and_linears_are_as_accurate_as_eager(device, count, width, sizes, 
 def check_norm_linears(x, norm_weight, weights, biases, launch):
     with poisoned_memory():
         ys = norm_linears_triton(x, norm_weight, weights, biases, EPS, placed(x, launch))
+    x = x[None] if norm_weight is None else with_other_scales(x)
     wide = x.double()
     if norm_weight is not None:
         wide = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * norm_weight.double()
     for y, weight, bias in zip(ys, weights, biases, strict=True):
         more, bias = rotations(weight), None if bias is None else bias.repeat(-(-64 // len(weight)))
         oracle = wide @ more.double().T + (0 if bias is None else bias.double())
-        assert_accurate(y, oracle, norm_linears_reference(x, norm_weight, [more], [bias], EPS)[0], leading=True)
+        assert_accurate(y[None], oracle, norm_linears_reference(x, norm_weight, [more], [bias], EPS)[0], leading=True)
 
 
 @pytest.mark.parametrize("count", [17, 24, 31, 32])
@@ -78,13 +79,14 @@ def test_norm_and_swiglu_are_as_accurate_as_eager(device, count, width, size, ha
     gate, up = (random_tensor(seed + 2 + i, (size, width), torch.bfloat16, device) * width**-0.5 for i in range(2))
     with poisoned_memory():
         y = norm_swiglu_triton(x, norm_weight, gate, up, EPS, placed(x, data.draw(launches(width, 2))))
+    x = x[None] if norm_weight is None else with_other_scales(x)
     wide = x.double()
     if norm_weight is not None:
         wide = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt() * norm_weight.double()
     gate, up = rotations(gate), rotations(up)
     oracle = wide @ gate.double().T
     oracle = oracle * oracle.sigmoid() * (wide @ up.double().T)
-    assert_accurate(y, oracle, norm_swiglu_reference(x, norm_weight, gate, up, EPS), leading=True)
+    assert_accurate(y[None], oracle, norm_swiglu_reference(x, norm_weight, gate, up, EPS), leading=True)
 
 
 @given(rows, st.sampled_from([512, 1536]), row_sizes, st.booleans(), st.sampled_from(["contiguous", "sliced"]), seeds, st.data())
