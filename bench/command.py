@@ -36,13 +36,13 @@ def arguments_of(argv: Sequence[str]) -> argparse.Namespace:
     add_options(parser)
     parser.set_defaults(time_limit=900)
     arguments = parser.parse_args(argv)
+    arguments.levels = arguments.levels or list(LEVELS)
     for level in arguments.levels:
         if level not in LEVELS:
             parser.error(f"{level!r} is no level; there are {', '.join(LEVELS)}")
-    levels = arguments.levels or list(LEVELS)
     for name, readers in READ_BY.items():
-        if getattr(arguments, name) and not set(readers) & set(levels):
-            parser.error(f"--{name} is for {' and '.join(readers)}, and {' and '.join(levels)} would ignore it: leave it out")
+        if getattr(arguments, name) and not set(readers) & set(arguments.levels):
+            parser.error(f"--{name} is for {' and '.join(readers)}, and {' and '.join(arguments.levels)} would ignore it: leave it out")
     try:
         arguments.modes = modes_named(arguments.modes or ["all"])
     except ValueError as error:
@@ -67,7 +67,7 @@ def jobs_of(arguments: argparse.Namespace) -> dict[str, Job]:
     batches = arguments.batch or (BATCHES[:1] if arguments.tiny else BATCHES)
     positions = tuple(arguments.positions or (POSITIONS[:1] if arguments.tiny else POSITIONS))
     jobs: dict[str, Job] = {}
-    for level in arguments.levels or LEVELS:
+    for level in arguments.levels:
         if level == "kernels":
             jobs |= _kernel_jobs(batches, arguments.cases)
         for size in arguments.sizes if level != "kernels" else ():

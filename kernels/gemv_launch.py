@@ -11,7 +11,7 @@ from qtts_compile.kernels.launch_search import can_search, search
 from qtts_compile.kernels.launch_table import Launch, Shape, lookup
 from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.sizes import cdiv, next_power_of_2
-from qtts_compile.kernels.skinny import launch as skinny
+from qtts_compile.kernels.skinny import choice as skinny
 
 MAX_MULTIPLIED_ROWS = 2  # in half precision more rows go to the tensor cores, whose tiles have at least 8
 BYTES_IN_FLIGHT = 256  # of weights for each thread, in 64 registers

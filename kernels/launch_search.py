@@ -36,8 +36,8 @@ def search(
 ) -> Launch:
     """Return the fastest of ``launches`` and keep it for a shape; where nothing can be measured, return the first, for this process.
 
-    ``run`` launches the kernel with weights like ``weights``, whose copies take about 200 MB meanwhile, and launch parameters. What does not
-    compile on this GPU is passed over. No CUDA graph is recorded elsewhere meanwhile.
+    ``run`` launches the kernel with weights like ``weights``, whose copies take about 200 MB meanwhile, and launch parameters. What fails
+    on this GPU, compiled or timed, is passed over. No CUDA graph is recorded elsewhere meanwhile.
     """
     device = weights[0].device
     with graph_lock:
@@ -50,7 +50,7 @@ def search(
         except torch.cuda.OutOfMemoryError:
             log.warning("no memory is free to measure the launches of %s: in this process %s is used, chosen by rule", shape, launches[0])
         else:
-            times = _measure(_compiled(shape, launches, weights, run, started + SECONDS), copies, run)
+            times = _measure(shape, _compiled(shape, launches, weights, run, started + SECONDS), copies, run)
         if not times:
             remember(shape, device, launches[0])
             return launches[0]
@@ -96,27 +96,45 @@ def _compiled(
 ) -> list[Launch]:
     """Return those of ``launches`` that work, which ran once: the first, and as many as are compiled, side by side, until ``deadline``."""
     device = weights[0].device
+    work: set[Launch] = set()
+    late: list[Launch] = []
 
-    def works(launch: Launch) -> bool:
+    def attempt(launch: Launch) -> None:
         if launch != launches[0] and time.perf_counter() > deadline:
-            return False
-        try:
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-                run(weights, launch)
-        except (triton.TritonError, RuntimeError) as error:
-            log.debug("%s: %s is left out: %s", shape, launch, error)
-            return False
-        return True
+            late.append(launch)
+            return
+        with _passing_over(shape, launch), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            run(weights, launch)
+            work.add(launch)
 
     with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool:  # Triton compiles without Python's lock
-        return [launch for launch, did in zip(launches, pool.map(works, launches)) if did]
+        list(pool.map(attempt, launches))
+    if late:
+        log.info("%s: the search ran out of its %d s, %d of %d launches were not tried", shape, SECONDS, len(late), len(launches))
+    return [launch for launch in launches if launch in work]
 
 
 def _measure(
-    launches: Sequence[Launch], copies: Sequence[Sequence[torch.Tensor]], run: Callable[[Sequence[torch.Tensor], Launch], object]
+    shape: Shape,
+    launches: Sequence[Launch],
+    copies: Sequence[Sequence[torch.Tensor]],
+    run: Callable[[Sequence[torch.Tensor], Launch], object],
 ) -> dict[Launch, float]:
-    """Return the microseconds of each of ``launches``."""
-    return {launch: median(microseconds(lambda copy, launch=launch: run(copy, launch), copies)) for launch in launches}
+    """Return the microseconds of each of ``launches`` that can be timed."""
+    times = {}
+    for launch in launches:
+        with _passing_over(shape, launch):
+            times[launch] = median(microseconds(lambda copy, launch=launch: run(copy, launch), copies))
+    return times
+
+
+@contextlib.contextmanager
+def _passing_over(shape: Shape, launch: Launch) -> Iterator[None]:
+    """Let a launch that fails be left out."""
+    try:
+        yield
+    except (triton.TritonError, RuntimeError) as error:
+        log.debug("%s: %s is left out: %s", shape, launch, error)
 
 
 def microseconds(call: Callable[[Any], object], copies: Sequence[Sequence[Any]], rounds: int = ROUNDS) -> list[float]:

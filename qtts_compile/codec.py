@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtts_compile.arguments import check_whole_numbers
 from qtts_compile.launcher import Launcher, mark_varying
 from qtts_compile.streaming_decoder import StreamingDecoder
 
@@ -26,8 +27,8 @@ class Codec:
         sample_rate: samples a second, or None for a bare decoder, which does not tell.
 
     Raises:
-        TypeError: no decoder that can be streamed.
-        ValueError: a decoder with a layer that cannot be streamed; a wrong option or size.
+        TypeError: no decoder that can be streamed, or sizes that are no whole numbers.
+        ValueError: a decoder with a layer that cannot be streamed; a wrong option; a size below 1, or sizes without 1.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Codec:
         launcher: Launcher | None = None,
         sizes: Sequence[int] = (1, 2, 4, 8, 16, 32, 64),
     ) -> None:
-        if 1 not in sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(f"sizes={tuple(sizes)}: positive ints are needed, 1 among them, so that any number of frames can be split into them")
+        check_whole_numbers("sizes", sizes)
+        if 1 not in sizes:
+            raise ValueError(f"sizes={tuple(sizes)}: 1 is needed among them, so that any number of frames can be split into them")
         model = tokenizer if isinstance(tokenizer, nn.Module) else getattr(tokenizer, "model", None)
         decoder: Any = getattr(model, "decoder", None)
         if isinstance(decoder, nn.ModuleList):  # layers: the model itself is the decoder

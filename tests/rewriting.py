@@ -83,14 +83,15 @@ def captured() -> Iterator[list[Graphs]]:
             yield graphs
 
 
-def expected_kernels(case: ModelCase, phase: Phase, cache: str, rows: int | None) -> Counter[str]:
+def expected_kernels(case: ModelCase, phase: Phase, cache: str, rows: int | None, most_rows: int = MAX_ROWS) -> Counter[str]:
     """Return how many ops of each rewrite stand in a graph: a function of the structure, the phase, the cache and the rows.
 
     cache: "static", "dynamic" or "quantized".
     rows: tokens of all sequences together, None where they are a symbol.
+    most_rows: that linear kernels multiply.
     """
     layers = case.layers
-    few = rows is not None and rows <= MAX_ROWS
+    few = rows is not None and rows <= most_rows
     if few:
         kernels = Counter(rms_norm=1, norm_linears=layers, norm_swiglu=layers, linear_add=2 * layers)
     else:

@@ -1,16 +1,12 @@
-"""What is made of results: README's tables, where a frame's time goes, and pictures."""
+"""What is made of results: README's tables, and where a frame's time goes."""
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from bench import readme, result_files, tables
 from bench.breakdown import PARTS, Kernel, attribute, classify, parts
-from bench.plots import content_of, rows_of
-from bench.plots import main as plot
 from bench.registry import MODES
 from bench.timing import figure, kernel_table
 from qtts_compile.kernels.clusters.kernel import norm_qkv_attention_kernel
@@ -28,6 +24,7 @@ from qtts_compile.kernels.qk_norm_rope_quantized_attention import _qk_norm_rope_
 from qtts_compile.kernels.sample import _sample_kernel
 from qtts_compile.kernels.sample_embedding import _sample_embedding_kernel
 from qtts_compile.kernels.skinny.kernel import skinny_kernel
+from qtts_compile.kernels.skinny.many_rows import skinny_many_rows_kernel
 from qtts_compile.kernels.turboquant.read import _quantized_kv_read_kernel
 from qtts_compile.kernels.turboquant.write import _quantized_kv_write_kernel
 
@@ -42,23 +39,6 @@ def test_every_result_is_shown():
     shown = {file for _, file in readme.BLOCK.findall(text)}
     assert {path.stem for path in result_files.RESULTS.glob("*.json")} == shown
     assert all(f"results/{path.name})" in text for path in result_files.RESULTS.glob("*.png"))
-
-
-def described(picture: Path) -> str:
-    with Image.open(picture) as image:
-        return image.info["Description"]
-
-
-@pytest.mark.parametrize("picture", sorted(result_files.RESULTS.glob("*.png")), ids=lambda path: path.name)
-def test_pictures_agree_with_the_results(picture, tmp_path):
-    source = json.loads(described(picture))
-    files = [result_files.RESULTS / name for name in source["files"]]
-    again = f"python -m bench.plots {' '.join(map(str, files))} --jobs {' '.join(source['jobs'])} -o DIR"
-    assert content_of(picture.name, files, source["jobs"]).description == described(picture), f"draw it again by `{again}`"
-    content = json.loads(files[-1].read_text())
-    next(row for row in content["rows"] if row.get("job") == source["jobs"][-1] and "breakdown" in row)["breakdown"]["idle"] += 0.001
-    (tmp_path / files[-1].name).write_text(json.dumps(content))
-    assert content_of(picture.name, [*files[:-1], tmp_path / files[-1].name], source["jobs"]).description != described(picture)
 
 
 def test_the_measurements_name_every_mode():
@@ -219,6 +199,7 @@ def test_commands_are_shown_without_where_they_wrote():
         (_linear_add_kernel.__name__, "gemv"),
         (_embedding_linear_kernel.__name__, "gemv"),
         (skinny_kernel.__name__, "gemv"),
+        (skinny_many_rows_kernel.__name__, "gemv"),
         ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "gemv"),
         ("void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, float, 128>", "gemv"),
         ("void cublasLt::splitKreduce_kernel<32, 16>", "gemv"),
@@ -279,44 +260,3 @@ def test_kernels_are_listed_longest_first():
     head, _, _, first, second = text.splitlines()
     assert head == "GPU time per frame: 0.100 ms in 32 kernels"
     assert first.split() == ["90.0", "90.00", "16.0", "gemv", "_norm_linears_kernel"] and "_sample_kernel" in second
-
-
-@pytest.fixture
-def results(tmp_path):
-    """Write results with these rows."""
-
-    def write(name, *rows):
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps({"machine": {"gpu": "G", "torch": "2", "date": "2026-11-24"}, "command": "", "rows": list(rows)}))
-        return str(path)
-
-    return write
-
-
-def test_pictures_are_drawn_from_results(results, tmp_path, capsys):
-    speed = {"job": "qtts", "row": "frames at positions 64 to 164", "ms_per_frame": figure([3.0, 2.9, 3.2], "ms")}
-    traced = {"job": "qtts", "row": "where a frame's time goes, from position 64 on", "breakdown": dict.fromkeys(PARTS, 500.0)}
-    before, after = results("before", speed, traced), results("after", speed, {"job": "eager", "row": "all", "error": "no"})
-    assert plot([before, after, "-o", str(tmp_path / "pictures")]) == 0
-    pictures = {path.name: described(path) for path in (tmp_path / "pictures").iterdir()}
-    assert pictures == {name: content_of(name, [Path(before), Path(after)]).description for name in ("frame.png", "breakdown.png")}
-    assert plot([after]) == 0 and (tmp_path / "frame.png").is_file() and not (tmp_path / "breakdown.png").exists()
-    assert "Wrote" in capsys.readouterr().out
-
-
-def test_a_picture_shows_the_jobs_that_are_asked_for(results, capsys):
-    speed = {"row": "frames at positions 64 to 164", "ms_per_frame": figure([3.0], "ms")}
-    file = Path(results("after", {"job": "eager", "mode": "base", **speed}, {"job": "qtts", "mode": "hybrid", **speed}))
-    assert [label for label, _ in rows_of([file])] == ["eager (base), positions 64 to 164", "qtts (hybrid), positions 64 to 164"]
-    assert [label for label, _ in rows_of([file], ["qtts"])] == ["qtts (hybrid), positions 64 to 164"]
-    assert [row["job"] for _, row in rows_of([file], ["qtts", "eager"])] == ["qtts", "eager"]
-    with pytest.raises(SystemExit, match="2"):
-        plot([str(file), "--jobs", "qtts", "quick"])
-    assert "no rows of quick in " in capsys.readouterr().err
-
-
-def test_nothing_to_draw_is_said(results, capsys):
-    assert plot([results("empty")]) == 1 and "nothing to draw" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="2"):
-        plot(["missing.json"])
-    assert "missing.json: no such file" in capsys.readouterr().err

@@ -304,10 +304,6 @@ def test_wrong_arguments():
             call(codes[None])
         with pytest.raises(ValueError, match="on meta.*on cpu is needed"):
             call(codes.to("meta"))
-    wrong_sizes: Any = ((), (2, 4), (1, 0), (1, 2.5))
-    for sizes in wrong_sizes:
-        with pytest.raises(ValueError, match="1 among them"):
-            Codec(model, sizes=sizes)
     with pytest.raises(ValueError, match="name a mode"):
         Launcher(CPU, options={"strict": True})
     with pytest.raises(ValueError, match="batch=0"):
@@ -315,3 +311,20 @@ def test_wrong_arguments():
     for wrong in (codes, codes_of(model, 4, batch=2)):
         with pytest.raises(ValueError, match=r"\(1, codebooks, frames\) is needed"):
             StreamingDecoder(model.decoder)(wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ((1, "2"), TypeError, r"sizes\[1\]='2': give a whole number, of type int"),
+        ((1, 2.5), TypeError, r"sizes\[1\]=2.5: give a whole number, of type int"),
+        ((True, 2), TypeError, r"sizes\[0\]=True: give a whole number, of type int"),
+        (4, TypeError, "sizes=4: give a tuple or list of whole numbers"),
+        ((0, 1), ValueError, r"sizes\[0\]=0: give 1 or more"),
+        ((2, 4), ValueError, r"sizes=\(2, 4\): 1 is needed among them"),
+        ((), ValueError, r"sizes=\(\): 1 is needed among them"),
+    ],
+)
+def test_wrong_sizes(sizes, error, message):
+    with pytest.raises(error, match=message):
+        Codec(build(), sizes=sizes)

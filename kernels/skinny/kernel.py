@@ -2,7 +2,7 @@
 
 For ``norm_linears``, ``norm_swiglu``, ``linear_add`` and ``embedding_linear`` in bfloat16. A program goes over tiles of 16 rows of a weight, or of 8
 of gate and of up, and requests the next ones while it multiplies. It loads x, and applies the norm's weight to it, once if its registers hold it.
-The norm's scale is applied to the sums, so that no product waits for it.
+The norm's scale is applied to the sums, so that no product waits for it. Where that is often, and there are many rows, see :mod:`many_rows`.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -14,27 +14,9 @@ from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.ptx.global_memory import as_words
 from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
-from qtts_compile.kernels.ptx.shared_memory import load_floats, store_floats, store_shared_2, wait_for_cta
-from qtts_compile.kernels.skinny.operands import lanes_layout, load_rows, multiply, numbers, request, requested_together, weigh
-
-
-@gluon.constexpr_function
-def _memory_layout():
-    return gl.SwizzledSharedLayout(1, 1, 1, [0])
-
-
-@gluon.jit
-def _address_of_memory():
-    return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-
-
-@gluon.jit
-def _add_up(address, WARPS: gl.constexpr, NEXT: gl.constexpr):
-    """Add up float32 at addresses, of each warp ``NEXT`` bytes behind the last one's."""
-    total = load_floats(address)
-    for warp in gl.static_range(1, WARPS):
-        total += load_floats(address + warp * NEXT)
-    return total
+from qtts_compile.kernels.ptx.shared_memory import store_floats, store_shared_2, wait_for_cta
+from qtts_compile.kernels.skinny.operands import lanes_layout, load_rows, multiply, no_sums, numbers, request, requested_together, sum_of, weigh
+from qtts_compile.kernels.skinny.program import add_up, address_of_memory, outputs_of, own_weight, rows_of_tile, rows_of_x
 
 
 @gluon.jit
@@ -53,28 +35,13 @@ def skinny_kernel(
     TILE: gl.constexpr = 8 if IS_SWIGLU else 16  # outputs
     STEPS: gl.constexpr = K // (32 * CHUNKS * WARPS)  # of a tile
     ROUNDS: gl.constexpr = STEPS // X_STEPS  # of loading x
-    # A program serves one of the weights, of which each has as many programs as it has blocks of rows, or both of a SwiGLU.
-    block, place = gl.program_id(0), 0
-    W_ptr, Y_ptr, size, w_stride = W_ptrs[0], Y_ptrs[0], sizes[0], w_strides[0]
-    if not IS_SWIGLU:
-        for i in gl.static_range(1, len(W_ptrs)):
-            blocks = (sizes[i - 1] + 16 * TILES - 1) // (16 * TILES)
-            is_later = (place == i - 1) & (block >= blocks)
-            place, block = gl.where(is_later, i, place), gl.where(is_later, block - blocks, block)
-            W_ptr, Y_ptr = gl.where(is_later, W_ptrs[i], W_ptr), gl.where(is_later, Y_ptrs[i], Y_ptr)
-            size, w_stride = gl.where(is_later, sizes[i], size), gl.where(is_later, w_strides[i], w_stride)
+    block, place, W_ptr, Y_ptr, size, w_stride = own_weight(W_ptrs, Y_ptrs, sizes, w_strides, TILES * TILE, IS_SWIGLU)
     layout: gl.constexpr = lanes_layout(WARPS)
     warp, g, t, which = numbers(WARPS, layout, 0), numbers(8, layout, 1), numbers(4, layout, 2), numbers(2, layout, 3)
     word = (warp * (K // WARPS // 2) + 4 * t).to(gl.int64)
     w_rows = ()
     for tile in gl.static_range(TILES):
-        if IS_SWIGLU:
-            row = gl.minimum((block * TILES + tile) * 8 + g, size - 1).to(gl.int64)
-            both = gl.where(which == 0, as_words(W_ptrs[0]) + row * (w_strides[0] // 2), as_words(W_ptrs[1]) + row * (w_strides[1] // 2))
-            w_rows = w_rows + (both + word,)
-        else:
-            row = gl.minimum((block * TILES + tile) * 16 + g + 8 * which, size - 1).to(gl.int64)
-            w_rows = w_rows + (as_words(W_ptr) + row * (w_stride // 2) + word,)
+        w_rows = w_rows + (rows_of_tile(W_ptrs, w_strides, W_ptr, w_stride, size, block * TILES + tile, g, which, IS_SWIGLU) + word,)
     steps = ()
     for step in gl.static_range(IN_FLIGHT):
         steps = steps + (_request_step(w_rows, step, STEPS, CHUNKS),)
@@ -90,7 +57,7 @@ def skinny_kernel(
     row, first = number // (TILE * 8) * 8 + number % 8, block * (TILES * TILE) + in_group // 8
     biases, residuals = (), ()
     for tile in gl.static_range(TILES):
-        bias = gl.zeros([GROUPS * TILE * 8], gl.float32, layout=one)
+        bias = 0.0 * number
         for each in gl.static_range(len(W_ptrs)):
             if Bias_ptrs[each] is not None:
                 is_biased = (first + tile * TILE < size) & (place == each)
@@ -102,30 +69,18 @@ def skinny_kernel(
             output = first + tile * TILE
             is_there = (output < size) & (row < M)
             residuals = residuals + (gl.load(Residual_ptr + row.to(gl.int64) * residual_stride + output, mask=is_there, other=0.0),)
-    x_rows, in_table = (), 0 * g == 0
-    for j in gl.static_range(GROUPS):
-        x_row = gl.minimum(g + 8 * j, M - 1).to(gl.int64)
-        if Token_ptr is not None:
-            token = gl.load(Token_ptr + x_row)
-            in_table, x_row = in_table & (token >= 0) & (token < V), gl.minimum(gl.maximum(token, 0), V - 1)
-        x_rows = x_rows + (as_words(X_ptr) + x_row * (x_stride // 2) + word + 0 * which,)
-    if Token_ptr is not None:
-        gl.device_assert(in_table, "embedding_linear: a token lies outside the table")
+    x_rows = rows_of_x(X_ptr, Token_ptr, M, V, x_stride, g, word + 0 * which, GROUPS)
 
     # Sums of two tiles have their place, so that warps may run ahead by one.
-    memory_layout: gl.constexpr = _memory_layout()
     SUMS_BYTES: gl.constexpr = GROUPS * 2 * WARPS * 256
     SQUARES: gl.constexpr = min(TILES, 2) * SUMS_BYTES
-    memory = gl.allocate_shared_memory(gl.float32, [SQUARES // 4 + GROUPS * WARPS * 8 + 4, 1], memory_layout)
+    memory = gl.allocate_shared_memory(gl.float32, [SQUARES // 4 + GROUPS * WARPS * 8 + 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     unused = memory.index(SQUARES // 4 + GROUPS * WARPS * 8)
     unused.store(gl.zeros([1], gl.float32, layout=one))  # so that Triton declares the memory
-    base = _address_of_memory()
-    scale = 1.0
+    base = address_of_memory()
+    scale, zeros = 1.0, gl.zeros([WARPS, 8, 4, 2], gl.float32, layout=layout)
     for tile in gl.static_range(TILES):
-        sums, squares = (), ()
-        for _ in gl.static_range(GROUPS):
-            zeros = gl.zeros([WARPS, 8, 4, 2], gl.float32, layout=layout)
-            sums, squares = sums + (zeros, zeros, zeros, zeros), squares + (zeros,)
+        sums, squares = no_sums(zeros, 4 * GROUPS), no_sums(zeros, GROUPS)
         for round in gl.static_range(ROUNDS):
             if tile == 0 or ROUNDS > 1:
                 x = requested_together(load_rows(x_rows, round * X_STEPS * CHUNKS, X_STEPS * CHUNKS))
@@ -139,24 +94,21 @@ def skinny_kernel(
                     steps = steps + (_request_step(w_rows, (tile * ROUNDS + round) * X_STEPS + i + IN_FLIGHT, STEPS, CHUNKS),)
         # The sums of all warps, and their squares of x, are added up.
         of_tile = base + tile % 2 * SUMS_BYTES
-        for i in gl.static_range(GROUPS * 2):  # of eight rows of x the rows g, then the rows g + 8
-            both = sums[i // 2 * 4 + i % 2] + sums[i // 2 * 4 + 2 + i % 2]
-            store_shared_2(of_tile + (i * WARPS + warp) * 256 + g * 32 + t * 8 + which * 4, both)
+        for i in gl.static_range(GROUPS * 2):
+            store_shared_2(of_tile + (i * WARPS + warp) * 256 + g * 32 + t * 8 + which * 4, sum_of(sums, i, GROUPS))
         if tile == 0 and Norm_ptr is not None:
             for j in gl.static_range(GROUPS):
                 of_row = gl.sum(gl.sum(squares[j], axis=3, keep_dims=True), axis=2, keep_dims=True)
                 store_floats(base + SQUARES + (j * WARPS + warp) * 32 + g * 4, of_row)
         wait_for_cta()
         if tile == 0 and Norm_ptr is not None:
-            scale = gl.rsqrt(_add_up(base + SQUARES + row // 8 * WARPS * 32 + row % 8 * 4, WARPS, 32) / K + eps)
+            scale = gl.rsqrt(add_up(base + SQUARES + row // 8 * WARPS * 32 + row % 8 * 4, WARPS, 32) / K + eps)
         address = of_tile + number // (TILE * 8) * WARPS * 512 + in_group % 64 * 4
         if not IS_SWIGLU:
             address += in_group // 64 * WARPS * 256
-        y = (_add_up(address, WARPS, 256) * scale + biases[tile]).to(gl.bfloat16)
+        total, up = add_up(address, WARPS, 256) * scale, 0.0
         if IS_SWIGLU:
-            gate, up = y.to(gl.float32), _add_up(address + WARPS * 256, WARPS, 256) * scale
-            y = ((gate / (1.0 + gl.exp(-gate))).to(gl.bfloat16).to(gl.float32) * up.to(gl.bfloat16).to(gl.float32)).to(gl.bfloat16)
-        if Residual_ptr is not None:
-            y = (residuals[tile].to(gl.float32) + y.to(gl.float32)).to(gl.bfloat16)
+            up = add_up(address + WARPS * 256, WARPS, 256) * scale
+        y = outputs_of(total, up, biases[tile], residuals[tile] if Residual_ptr is not None else None, IS_SWIGLU)
         gl.store(Y_ptr + row.to(gl.int64) * size + first + tile * TILE, y, mask=(first + tile * TILE < size) & (row < M))
     memory._keep_alive()

@@ -82,6 +82,29 @@ def load_rows(Row_ptrs, first, CHUNKS: gl.constexpr):
 
 
 @gluon.jit
+def store_shared_rows(addresses, xs):
+    """Store 32 columns of each group of eight rows of x, the words of a lane where it has an address twice, each group 512 bytes behind the last."""
+    for j in gl.static_range(len(xs)):
+        gl.inline_asm_elementwise(
+            "{ st.shared.v4.b32 [$2], {$4, $5, $6, $7}; mov.u32 $0, 0; mov.u32 $1, 0; } // $3",
+            "=r,=r,r,r,r,r,r,r", [addresses + j * 512, xs[j][0][0], xs[j][0][1]], dtype=gl.int32, is_pure=False, pack=2,
+        )  # fmt: skip
+
+
+@gluon.jit
+def load_shared_rows(addresses, GROUPS: gl.constexpr):
+    """Load what :func:`store_shared_rows` stored, as :func:`load_rows` does."""
+    groups = ()
+    for j in gl.static_range(GROUPS):
+        words = gl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4]; // $5",
+            "=r,=r,=r,=r,r,r", [addresses + j * 512], dtype=(gl.int32, gl.int32), is_pure=False, pack=2,
+        )  # fmt: skip
+        groups = groups + ((words,),)
+    return groups
+
+
+@gluon.jit
 def requested_together(xs):
     """Return x, whose first word needs all: in the SASS a request would move to where its words are multiplied, and memory be waited for again."""
     every = xs[0][0][0]
@@ -118,15 +141,36 @@ def weigh(xs, norm, squares):
 
 @gluon.jit
 def multiply(sums, words, xs, FIRST_CHUNK: gl.constexpr):
-    """Return the sums with a step's products added: of each eight rows of x four, twice those of the rows g and g + 8 of a tile.
+    """Return the sums of a tile with a step's products added: of each eight rows of x two, or four, those of the rows g and g + 8 of the tile.
 
-    Of two products of a chunk each goes to sums of its own, so that fewer wait for each other.
+    Where there are four, each of two products of a chunk goes to sums of its own, so that fewer wait for each other.
     """
+    PARTS: gl.constexpr = len(sums) // (2 * len(xs))
     new = ()
     for i in gl.static_range(len(sums) // 2):
         first, second = sums[2 * i], sums[2 * i + 1]
         for chunk in gl.static_range(len(words)):
-            x = xs[i // 2][FIRST_CHUNK + chunk][i % 2]
-            first, second = add_product(first, second, words[chunk][2 * (i % 2)], words[chunk][2 * (i % 2) + 1], x)
+            for product in gl.static_range(i % PARTS, 2, PARTS):
+                x = xs[i // PARTS][FIRST_CHUNK + chunk][product]
+                first, second = add_product(first, second, words[chunk][2 * product], words[chunk][2 * product + 1], x)
         new = new + (first, second)
     return new
+
+
+@gluon.jit
+def no_sums(zeros, COUNT: gl.constexpr):
+    """Return so many sums of no products."""
+    sums = ()
+    for _ in gl.static_range(COUNT):
+        sums = sums + (zeros,)
+    return sums
+
+
+@gluon.jit
+def sum_of(sums, number, GROUPS: gl.constexpr):
+    """Return the sum of a tile with that number: of each eight rows of x that of the rows g, then that of the rows g + 8."""
+    PARTS: gl.constexpr = len(sums) // (2 * GROUPS)
+    total = sums[number // 2 * (2 * PARTS) + number % 2]
+    if PARTS == 2:
+        total += sums[number // 2 * 4 + 2 + number % 2]
+    return total

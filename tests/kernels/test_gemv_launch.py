@@ -10,7 +10,7 @@ from numerics import DTYPES
 from qtts_compile.kernels import gemv_launch
 from qtts_compile.kernels.gemv_launch import BYTES_IN_FLIGHT, candidates, choose_launch, launch_of, options_of
 from qtts_compile.kernels.launch_table import Launch, Shape
-from qtts_compile.kernels.skinny import launch as skinny
+from qtts_compile.kernels.skinny import choice as skinny
 from qtts_compile.kernels.skinny.launch import is_skinny
 
 rows = st.integers(1, 16)

@@ -58,22 +58,46 @@ def test_nothing_that_runs_is_nothing_found(monkeypatch, kept):
     assert search(SHAPE, LAUNCHES, [torch.zeros(64, 128)], run) == LAUNCHES[0] and kept == {}
 
 
+@pytest.mark.parametrize("error", [triton.TritonError, RuntimeError])
+@pytest.mark.parametrize(("failing", "best"), [(LAUNCHES[:1], LAUNCHES[1]), (LAUNCHES[1:3], LAUNCHES[0]), (LAUNCHES, None)])
+def test_a_launch_that_fails_while_it_is_timed_is_left_out(failing, best, error, monkeypatch, kept, caplog):
+    runs = []
+
+    def run(copy, launch):
+        runs.append(launch)
+        if launch in failing and runs.count(launch) == 2:
+            raise error("captured in vain")
+
+    def microseconds(call, copies):
+        call(copies[0])
+        return [float(LAUNCHES.index(runs[-1]))]
+
+    caplog.set_level("DEBUG", launch_search.log.name)
+    monkeypatch.setattr(launch_search, "microseconds", microseconds)
+    assert search(SHAPE, LAUNCHES, [torch.zeros(64, 128)], run) == (best or LAUNCHES[0])
+    assert kept == ({SHAPE: best} if best else {}) and all(runs.count(launch) == 2 for launch in LAUNCHES)
+    assert [text for text in caplog.messages if "left out" in text] == [f"{SHAPE}: {launch} is left out: captured in vain" for launch in failing]
+
+
 @pytest.mark.parametrize(("step", "least", "most"), [(9, 2, 4), (30, 1, 1)])
-def test_a_search_ends_in_time_with_what_it_has(step, least, most, monkeypatch, kept):
+def test_a_search_ends_in_time_with_what_it_has_and_says_so(step, least, most, monkeypatch, kept, caplog):
+    caplog.set_level("INFO", launch_search.log.name)
     clock = iter(range(0, 1000, step))
     monkeypatch.setattr(launch_search.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(launch_search, "microseconds", lambda call, copies: [1.0])
     launches, tried = [Launch(1, 2**i, 64, 1) for i in range(1, 12)], []
     search(SHAPE, launches, [torch.zeros(64, 128)], lambda copy, launch: tried.append(launch))
     assert least <= len(tried) <= most and kept[SHAPE] == launches[0]
+    assert f"{SHAPE}: the search ran out of its 20 s, {11 - len(tried)} of 11 launches were not tried" in caplog.messages
 
 
-def test_launches_are_compiled_side_by_side(monkeypatch, kept):
+def test_launches_are_compiled_side_by_side(monkeypatch, kept, caplog):
+    caplog.set_level("INFO", launch_search.log.name)
     monkeypatch.setattr(launch_search.os, "cpu_count", lambda: len(LAUNCHES))
     monkeypatch.setattr(launch_search, "microseconds", lambda call, copies: [1.0])
     together = threading.Barrier(len(LAUNCHES), timeout=30)  # which breaks if one waits for another's end
     search(SHAPE, LAUNCHES, [torch.zeros(64, 128)], lambda copy, launch: together.wait())
-    assert kept == {SHAPE: LAUNCHES[0]}
+    assert kept == {SHAPE: LAUNCHES[0]} and "not tried" not in caplog.text
 
 
 def never(*_):

@@ -20,7 +20,8 @@ from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linea
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_reference, norm_swiglu_triton
 from qtts_compile.kernels.sizes import next_power_of_2
 from qtts_compile.kernels.skinny import launch as skinny
-from qtts_compile.kernels.skinny.launch import candidates, choose_launch, is_skinny, serves
+from qtts_compile.kernels.skinny.choice import candidates, choose_launch, column_shares
+from qtts_compile.kernels.skinny.launch import is_skinny, serves
 from tests.ptx.machine import DeviceAssert
 
 EPS = 1e-6
@@ -28,20 +29,21 @@ rows, row_sizes = st.one_of(st.integers(1, 16), st.sampled_from([17, 24, 31, 32]
 
 
 @st.composite
-def launches(draw, width: int, matrices: int = 1) -> Launch:
-    """Draw launch parameters for 32 rows of x of a width, and up to three tiles."""
-    num_warps = draw(st.sampled_from([4, 8]))
+def launches(draw, count: int, width: int, matrices: int = 1) -> Launch:
+    """Draw launch parameters for so many rows of x of a width, and up to three tiles or, where x may go through shared memory, more."""
+    num_warps, in_flight = draw(st.sampled_from([4, 8])), draw(st.integers(0, 9))
     whole = width // (32 * num_warps)
     chunks = draw(st.sampled_from([chunks for chunks in (1, 2, 4) if whole % chunks == 0]))
-    return Launch(32, draw(st.integers(1, 3)) * 16 // matrices, 32 * num_warps * chunks, num_warps, draw(st.integers(0, 9)))
+    tiles = draw(st.sampled_from([1, 2, 3, 4, 6, 8] if count > 16 and chunks == 1 else [1, 2, 3]))
+    return Launch(max(8, next_power_of_2(count)), tiles * 16 // matrices, 32 * num_warps * chunks, num_warps, in_flight)
 
 
 def placed(x, launch):
-    """Return a launch for as few rows as x has or, without tensor cores, None."""
+    """Return the launch or, without tensor cores, None."""
     if not serves(x, None, []):
         assert not skinny.has_tensor_cores(x.device)
         return None
-    return launch._replace(block_m=max(8, next_power_of_2(len(x))))
+    return launch
 
 
 @given(rows, st.sampled_from([512, 1536]), st.lists(row_sizes, min_size=1, max_size=3), st.booleans(), st.booleans(), seeds, st.data())
@@ -50,7 +52,7 @@ def test_norm_and_linears_are_as_accurate_as_eager(device, count, width, sizes, 
     norm_weight = random_tensor(seed + 1, (width,), torch.bfloat16, device) if has_norm else None
     weights = [random_tensor(seed + 2 + i, (size, width), torch.bfloat16, device) * width**-0.5 for i, size in enumerate(sizes)]
     biases = [random_tensor(seed + 5 + i, (size,), torch.bfloat16, device) if has_bias and i != 1 else None for i, size in enumerate(sizes)]
-    check_norm_linears(x, norm_weight, weights, biases, data.draw(launches(width)))
+    check_norm_linears(x, norm_weight, weights, biases, data.draw(launches(count, width)))
 
 
 def check_norm_linears(x, norm_weight, weights, biases, launch):
@@ -66,10 +68,13 @@ def check_norm_linears(x, norm_weight, weights, biases, launch):
         assert_accurate(y[None], oracle, norm_linears_reference(x, norm_weight, [more], [bias], EPS)[0], leading=True)
 
 
-@pytest.mark.parametrize("count", [17, 24, 31, 32])
-def test_what_registers_do_not_hold_is_loaded_again_for_each_tile(device, count):
+@pytest.mark.parametrize(
+    ("count", "launch"),
+    [(9, Launch(16, 48, 512, 4, 3)), (24, Launch(32, 48, 512, 8, 3)), (17, Launch(32, 96, 256, 8, 9)), (32, Launch(32, 16, 256, 8, 8))],
+)
+def test_long_rows_that_registers_do_not_hold_are_loaded_piece_by_piece(device, count, launch):
     x, norm_weight, weight = (random_tensor(i, shape, torch.bfloat16, device) for i, shape in enumerate([(count, 2048), (2048,), (40, 2048)]))
-    check_norm_linears(x, norm_weight, [weight * 2048**-0.5], [None], Launch(32, 48, 512, 8, 3))
+    check_norm_linears(x, norm_weight, [weight * 2048**-0.5], [None], launch)
 
 
 @given(rows, st.sampled_from([512, 1536]), row_sizes, st.booleans(), seeds, st.data())
@@ -78,7 +83,7 @@ def test_norm_and_swiglu_are_as_accurate_as_eager(device, count, width, size, ha
     norm_weight = random_tensor(seed + 1, (width,), torch.bfloat16, device) if has_norm else None
     gate, up = (random_tensor(seed + 2 + i, (size, width), torch.bfloat16, device) * width**-0.5 for i in range(2))
     with poisoned_memory():
-        y = norm_swiglu_triton(x, norm_weight, gate, up, EPS, placed(x, data.draw(launches(width, 2))))
+        y = norm_swiglu_triton(x, norm_weight, gate, up, EPS, placed(x, data.draw(launches(count, width, 2))))
     x = x[None] if norm_weight is None else with_other_scales(x)
     wide = x.double()
     if norm_weight is not None:
@@ -96,7 +101,7 @@ def test_linear_and_addition_are_as_accurate_as_eager(device, count, width, size
     bias = random_tensor(seed + 2, (size,), torch.bfloat16, device) if has_bias else None
     residual = random_tensor(seed + 3, (count, size), torch.bfloat16, device, layout)
     with poisoned_memory():
-        y = linear_add_triton(x, weight, bias, residual, placed(x, data.draw(launches(width))))
+        y = linear_add_triton(x, weight, bias, residual, placed(x, data.draw(launches(count, width))))
     more, turns = rotations(weight), -(-64 // size)
     bias, residual = None if bias is None else bias.repeat(turns), residual.repeat(1, turns)
     oracle = residual.double() + x.double() @ more.double().T + (0 if bias is None else bias.double())
@@ -111,7 +116,7 @@ def test_looked_up_rows_are_as_accurate_as_eager(device, count, entries, size, h
     tokens = torch.randint(entries, (count, 2), generator=torch.Generator().manual_seed(seed)).to(device)
     tokens = tokens[:, 0] if is_strided else tokens[:, 0].contiguous()
     with poisoned_memory():
-        y = embedding_linear_triton(tokens, table, weight, bias, placed(table[tokens], data.draw(launches(512))))
+        y = embedding_linear_triton(tokens, table, weight, bias, placed(table[tokens], data.draw(launches(count, 512))))
     more, bias = rotations(weight), None if bias is None else bias.repeat(-(-64 // size))
     oracle = table[tokens].double() @ more.double().T + (0 if bias is None else bias.double())
     assert_accurate(y, oracle, embedding_linear_reference(tokens, table, more, bias), leading=True)
@@ -162,7 +167,15 @@ def test_of_a_table_the_tokens_count(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "launch", [Launch(8, 16, 256, 8), Launch(16, 24, 256, 8), Launch(16, 16, 384, 4), Launch(16, 16, 256, 16), Launch(32, 8, 256, 8)]
+    "launch",
+    [
+        Launch(8, 16, 256, 8),
+        Launch(16, 24, 256, 8),
+        Launch(16, 16, 384, 4),
+        Launch(16, 16, 256, 16),
+        Launch(32, 8, 256, 8),
+        Launch(32, 16, 128, 8),
+    ],
 )
 def test_a_launch_that_does_not_fit_is_refused(launch):
     x, weight = torch.zeros(9, 512, dtype=torch.bfloat16), torch.zeros(40, 512, dtype=torch.bfloat16)
@@ -185,18 +198,28 @@ def test_it_compiles_for_other_gpus_than_hopper(capability, tmp_path):
     script, root = COMPILE.format(capability=capability), Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert len(list(tmp_path.rglob("skinny_kernel.cubin"))) == 6
+    assert len(list(tmp_path.rglob("skinny_kernel.cubin"))) == 5 and len(list(tmp_path.rglob("skinny_many_rows_kernel.cubin"))) == 1
 
 
 @given(rows, st.integers(1, 20000), st.sampled_from([512, 1024, 1536, 2048, 3072, 6144]), st.sampled_from([1, 2]))
 def test_a_search_tries_what_fits(count, outputs, width, matrices):
     launches = candidates(count, outputs, width, matrices)
-    # 3 numbers of warps at most, 4 of tiles, and 3 of bytes in flight
-    assert launches[0] == choose_launch(count, outputs, width, matrices) and len(set(launches)) == len(launches) <= 36
+    # 3 numbers of warps at most, 4 of tiles, and 3 of bytes in flight; 8 of warps and tiles where x may go through shared memory
+    assert launches[0] == choose_launch(count, outputs, width, matrices) and len(set(launches)) == len(launches) <= (36 if count <= 16 else 60)
     for launch in launches:
-        assert launch.block_m >= count and is_skinny(launch) and launch.block_n * matrices in range(16, 97, 16)
-        steps, uneven = divmod(width, launch.block_k)
-        assert uneven == 0 and launch.block_k % (32 * launch.num_warps) == 0
-        assert 0 < launch.in_flight <= steps * launch.block_n * matrices // 16
-        tiles, groups = launch.block_n * matrices // 16, launch.block_m // 8
-        assert groups in (1, 2, 4) and groups * launch.num_warps * 512 * min(tiles, 2) <= 40 * 1024
+        tiles, uneven = divmod(launch.block_n * matrices, 16)
+        steps, odd = divmod(width, launch.block_k)
+        assert launch.block_m in (8, 16, 32) and launch.block_m >= count and is_skinny(launch)
+        assert uneven == odd == 0 == launch.block_k % (32 * launch.num_warps) and 0 < launch.in_flight <= steps * tiles
+        if launch.block_m == 32 and launch.block_k == 32 * launch.num_warps:
+            assert 2 <= tiles <= 8 and launch.num_warps % column_shares(tiles, launch.num_warps) == 0
+        else:
+            assert tiles <= 6 and launch.block_m // 8 * launch.num_warps * 512 * min(tiles, 2) <= 40 * 1024
+
+
+@given(st.integers(1, 12), st.sampled_from([4, 8]))
+def test_shares_of_columns_leave_all_warps_the_same_tiles(tiles, num_warps):
+    shares = column_shares(tiles, num_warps)
+    side_by_side = num_warps // shares
+    assert num_warps % shares == 0 == tiles % side_by_side
+    assert side_by_side == num_warps or tiles % (2 * side_by_side)
