@@ -26,7 +26,7 @@ def launch_of(
     """Return the launch parameters of ``op`` for ``rows`` rows of x, ``weights`` ``[N, K]`` and ``outputs`` outputs; None leaves many to PyTorch.
 
     They are measured ones, and measured first by ``run``, which launches the kernel with other weights, if this GPU has none and can do so now. Else
-    a rule chooses. What the tensor cores' kernel :mod:`skinny` serves has launches of its own, of either kernel.
+    a rule chooses. What the tensor cores' kernels :mod:`skinny` serve has launches of its own, of any kernel.
     """
     if rows > MAX_ROWS and not is_served:
         return None

@@ -25,7 +25,7 @@ SHIPPED = Path(__file__).parent / "launches"
 class Launch(NamedTuple):
     """Rows of x, outputs and columns of a tile, warps of a program, and how many tiles it requests before it needs the first.
 
-    All but the last are powers of two, but for the outputs of a launch of :mod:`skinny`.
+    All but the last are powers of two, but for the outputs of a launch of :mod:`skinny`, which says what it means there.
 
     Where ``in_flight`` is 0 a rule chooses it. Fewer tiles take fewer registers, which leaves room for the programs of the next kernel. At least 2
     outputs are chosen: 1 failed to compile on Triton 3.6 with an alignment hint that two of the kernels no longer give.

@@ -14,7 +14,8 @@ MAX_ROWS = 32
 BYTES_IN_FLIGHT, BYTES_BESIDE_MANY_ROWS = 256, 192  # of weights for each thread, in 64 registers, or in 48 beside more than 16 rows of x
 X_REGISTERS = 64  # of x that is requested at once
 MAX_REGISTERS = {4: 236, 8: 236, 16: 124}  # of a thread, by warps: about what a multiprocessor has for one program
-MAX_TILES = 6  # of a program, each of which makes it longer
+MAX_TILES = 6  # of a program of :mod:`kernel`, each of which makes it longer
+WARPS_AND_TILES = ((8, 6), (8, 2), (4, 4), (8, 3), (8, 4), (4, 2), (4, 3), (8, 8))  # of a program of :mod:`many_rows`, likely ones first
 MULTIPROCESSORS = 132  # of a Hopper GPU
 BYTES_OF_SUMS = 512  # of a warp, of 16 rows of weights and 8 of x: those of a tile and, if there is one, the next
 MAX_SHARED_BYTES = 40 * 1024  # beyond 48 KiB Triton has the multiprocessor divide its memory anew between shared memory and L1 cache, which waits
@@ -30,8 +31,14 @@ def choose_launch(rows: int, outputs: int, width: int, matrices: int) -> Launch:
 
 
 def candidates(rows: int, outputs: int, width: int, matrices: int) -> list[Launch]:
-    """Return what a search tries, the rule's choice first: programs that a GPU runs together, with as much in flight as their registers hold."""
+    """Return what a search tries, the rule's choice first, then launches of :mod:`many_rows`: programs that a GPU runs together.
+
+    As much is in flight as their registers hold.
+    """
     launches, groups = [choose_launch(rows, outputs, width, matrices)], _groups(rows)
+    for num_warps, tiles in WARPS_AND_TILES if groups == 4 else ():
+        if tiles <= 2 * cdiv(outputs * matrices, TILE * MULTIPROCESSORS):
+            launches += [_of_many_rows(width, matrices, num_warps, tiles, bytes_of_thread) for bytes_of_thread in (128, 256, 384)]
     few = {cdiv(outputs * matrices, TILE * MULTIPROCESSORS * share // 2) for share in (1, 2, 4)}
     for num_warps in (4, 8, 16) if width <= 1024 else (8, 16):
         if width % (LANES_COLUMNS * num_warps * 2):
@@ -42,10 +49,6 @@ def candidates(rows: int, outputs: int, width: int, matrices: int) -> list[Launc
                 of_sums = groups * num_warps * BYTES_OF_SUMS * min(tiles, 2)
                 if _registers(launch, width, tiles) <= MAX_REGISTERS[num_warps] and of_sums <= MAX_SHARED_BYTES:
                     launches.append(launch)
-    if groups == 4:
-        for num_warps, tiles in ((4, 2), (4, 3), (4, 4), (8, 2), (8, 3), (8, 4), (8, 6), (8, 8)):
-            if (tiles - 1) * TILE < outputs * matrices:
-                launches += [_of_many_rows(width, matrices, num_warps, tiles, bytes_of_thread) for bytes_of_thread in (128, 256, 384)]
     return list(dict.fromkeys(launches))
 
 

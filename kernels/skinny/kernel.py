@@ -1,8 +1,8 @@
 """Products of up to 32 rows with weight matrices on the tensor cores: the weights go from global memory to the registers that multiply them.
 
 For ``norm_linears``, ``norm_swiglu``, ``linear_add`` and ``embedding_linear`` in bfloat16. A program goes over tiles of 16 rows of a weight, or of 8
-of gate and of up, and requests the next ones while it multiplies. It loads x, and applies the norm's weight to it, once if its registers hold it.
-The norm's scale is applied to the sums, so that no product waits for it. Where that is often, and there are many rows, see :mod:`many_rows`.
+of gate and of up, and requests the next ones while it multiplies. It loads x, and applies the norm's weight to it, once if its registers hold it;
+where it would load it often see :mod:`many_rows`. The norm's scale is applied to the sums, so that no product waits for it.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
@@ -14,9 +14,9 @@ from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.ptx.global_memory import as_words
 from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
-from qtts_compile.kernels.ptx.shared_memory import store_floats, store_shared_2, wait_for_cta
+from qtts_compile.kernels.ptx.shared_memory import store_shared_2, wait_for_cta
 from qtts_compile.kernels.skinny.operands import lanes_layout, load_rows, multiply, no_sums, numbers, request, requested_together, sum_of, weigh
-from qtts_compile.kernels.skinny.program import add_up, address_of_memory, outputs_of, own_weight, rows_of_tile, rows_of_x
+from qtts_compile.kernels.skinny.program import add_up, address_of_memory, outputs_of, own_weight, rows_of_tile, rows_of_x, scale_of, store_squares
 
 
 @gluon.jit
@@ -97,12 +97,10 @@ def skinny_kernel(
         for i in gl.static_range(GROUPS * 2):
             store_shared_2(of_tile + (i * WARPS + warp) * 256 + g * 32 + t * 8 + which * 4, sum_of(sums, i, GROUPS))
         if tile == 0 and Norm_ptr is not None:
-            for j in gl.static_range(GROUPS):
-                of_row = gl.sum(gl.sum(squares[j], axis=3, keep_dims=True), axis=2, keep_dims=True)
-                store_floats(base + SQUARES + (j * WARPS + warp) * 32 + g * 4, of_row)
+            store_squares(base + SQUARES, squares, warp, g, WARPS)
         wait_for_cta()
         if tile == 0 and Norm_ptr is not None:
-            scale = gl.rsqrt(add_up(base + SQUARES + row // 8 * WARPS * 32 + row % 8 * 4, WARPS, 32) / K + eps)
+            scale = scale_of(base + SQUARES, row, eps, K, WARPS)
         address = of_tile + number // (TILE * 8) * WARPS * 512 + in_group % 64 * 4
         if not IS_SWIGLU:
             address += in_group // 64 * WARPS * 256

@@ -27,14 +27,14 @@ def has_tensor_cores(device: torch.device) -> bool:
 
 
 def serves_rows_of(dtype: torch.dtype, width: int, device: torch.device) -> bool:
-    """Tell whether the kernel multiplies rows of a width, if they are aligned."""
+    """Tell whether the kernels multiply rows of a width, if they are aligned."""
     return has_tensor_cores(device) and dtype == torch.bfloat16 and width % WIDTHS == 0
 
 
 def serves(x: torch.Tensor, norm_weight: torch.Tensor | None, weights: Sequence[torch.Tensor], tokens: torch.Tensor | None = None) -> bool:
-    """Tell whether the kernel can multiply ``x`` ``[M, K]`` with ``weights`` ``[N, K]``: in bfloat16, with rows of 16 aligned bytes.
+    """Tell whether the kernels can multiply ``x`` ``[M, K]`` with ``weights`` ``[N, K]``: in bfloat16, with rows of 16 aligned bytes.
 
-    With ``tokens`` x is a table of any size, of which it multiplies their rows.
+    With ``tokens`` x is a table of any size, of which they multiply their rows.
     """
     rows = x.shape[0] if tokens is None else tokens.numel()
     if rows > MAX_ROWS or not serves_rows_of(x.dtype, x.shape[1], x.device):
@@ -44,7 +44,7 @@ def serves(x: torch.Tensor, norm_weight: torch.Tensor | None, weights: Sequence[
 
 
 def is_skinny(launch: Launch) -> bool:
-    """Tell whether a launch that was measured for what is served is one of this kernel, whose rows of x are 8, 16 or 32."""
+    """Tell whether a launch that was measured for what is served is one of these kernels, whose rows of x are 8, 16 or 32."""
     return launch.block_m >= 8
 
 
@@ -66,7 +66,7 @@ def launch_skinny(
     rows, width = x.shape[0] if tokens is None else tokens.numel(), x.shape[1]
     tiles, uneven = divmod(launch.block_n * (2 if is_swiglu else 1), TILE)
     chunks, odd = divmod(launch.block_k, LANES_COLUMNS * launch.num_warps)
-    if uneven or not tiles or odd or not chunks or width % launch.block_k or rows > launch.block_m:
+    if uneven or odd or width % launch.block_k or rows > launch.block_m:
         what = f"{rows} rows of {width} columns"
         raise ValueError(f"{launch} does not fit {what}; delete the table of launches that it is from, in the folder of QTTS_COMPILE_CACHE")
     steps, groups = width // launch.block_k, launch.block_m // 8

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.ptx.global_memory import as_words
 from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
-from qtts_compile.kernels.ptx.shared_memory import store_floats, store_shared_2, wait_for_cta
+from qtts_compile.kernels.ptx.shared_memory import store_shared_2, wait_for_cta
 from qtts_compile.kernels.skinny.operands import (
     lanes_layout,
     load_rows,
@@ -27,7 +27,7 @@ from qtts_compile.kernels.skinny.operands import (
     sum_of,
     weigh,
 )
-from qtts_compile.kernels.skinny.program import add_up, address_of_memory, outputs_of, own_weight, rows_of_tile, rows_of_x
+from qtts_compile.kernels.skinny.program import add_up, address_of_memory, outputs_of, own_weight, rows_of_tile, rows_of_x, scale_of, store_squares
 
 GROUPS = gl.constexpr(4)  # of eight rows of x
 
@@ -128,12 +128,10 @@ def skinny_many_rows_kernel(
         for j in gl.static_range(GROUPS * 2):
             store_shared_2(of_tiles + ((tile * (GROUPS * 2) + j) * SHARES + share) * 256 + g * 32 + t * 8 + which * 4, sum_of(sums[i], j, GROUPS))
         if i == 0 and Norm_ptr is not None:
-            for j in gl.static_range(GROUPS):
-                of_row = gl.sum(gl.sum(squares[j], axis=3, keep_dims=True), axis=2, keep_dims=True)
-                store_floats(base + 2 * BLOCK_BYTES + (j * WARPS + warp) * 32 + g * 4, of_row)
+            store_squares(base + 2 * BLOCK_BYTES, squares, warp, g, WARPS)
         wait_for_cta()
         if i == 0 and Norm_ptr is not None:
-            scale = gl.rsqrt(add_up(base + 2 * BLOCK_BYTES + row // 8 * WARPS * 32 + row % 8 * 4, WARPS, 32) / K + eps)
+            scale = scale_of(base + 2 * BLOCK_BYTES, row, eps, K, WARPS)
         address, up = of_tiles + group * SHARES * 512 + in_group % 64 * 4, 0.0
         if IS_SWIGLU:
             up = add_up(address + SHARES * 256, SHARES, 256) * scale

@@ -1,8 +1,8 @@
-"""What the tensor cores multiply, as the lanes of :mod:`kernel` load it, for Gluon kernels.
+"""What the tensor cores multiply, as the lanes of skinny kernels load it, for Gluon kernels.
 
 In ``mma.m16n8k16`` sixteen rows of a weight are the left factor and eight rows of x the right one. A lane has the group g = lane / 4 and the place
 t = lane % 4 in it; of each 32 columns, a "chunk", it loads the eight from 8 t on, of weights and of x alike, and takes the columns of two products
-from them: in which order columns are added up is of no matter. Warps share the columns.
+from them: in which order columns are added up is of no matter.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false

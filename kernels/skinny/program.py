@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.ptx.global_memory import as_words
-from qtts_compile.kernels.ptx.shared_memory import load_floats
+from qtts_compile.kernels.ptx.shared_memory import load_floats, store_floats
 
 
 @gluon.jit
@@ -67,6 +67,20 @@ def add_up(address, COUNT: gl.constexpr, NEXT: gl.constexpr):
     for i in gl.static_range(1, COUNT):
         total += load_floats(address + i * NEXT)
     return total
+
+
+@gluon.jit
+def store_squares(address, squares, warp, g, WARPS: gl.constexpr):
+    """Store the sums of squares of each eight rows of x, of each warp eight numbers."""
+    for j in gl.static_range(len(squares)):
+        of_row = gl.sum(gl.sum(squares[j], axis=3, keep_dims=True), axis=2, keep_dims=True)
+        store_floats(address + (j * WARPS + warp) * 32 + g * 4, of_row)
+
+
+@gluon.jit
+def scale_of(address, row, eps, K: gl.constexpr, WARPS: gl.constexpr):
+    """Return by what a norm multiplies rows of x, whose squares :func:`store_squares` stored."""
+    return gl.rsqrt(add_up(address + row // 8 * WARPS * 32 + row % 8 * 4, WARPS, 32) / K + eps)
 
 
 @gluon.jit
