@@ -145,9 +145,13 @@ def attend_to_codes(
         if TILES > STEP and IS_AHEAD:
             if first + STEP < own_tiles:
                 tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP, K_BITS, V_BITS)
-        for i in gl.static_range(STEP // N_WARPS):
-            if first + i * N_WARPS < own_tiles:
-                found = _attend(found, queries, step[i], scale, K_BITS, V_BITS)
+        if STEP > N_WARPS:
+            if first + N_WARPS < own_tiles:
+                found = _attend(found, queries, step, scale, K_BITS, V_BITS)
+            else:
+                found = _attend(found, queries, (step[0],), scale, K_BITS, V_BITS)
+        else:
+            found = _attend(found, queries, step, scale, K_BITS, V_BITS)
         if TILES > STEP and not IS_AHEAD:
             if first + STEP < own_tiles:
                 tiles = load_coded_tiles(pointers, Mask_ptr, first + STEP, own_tiles, first_slot, row, start, SINKS, WINDOW, STEP, K_BITS, V_BITS)
@@ -158,33 +162,44 @@ def attend_to_codes(
 @gluon.jit
 def attend_to_one_round(base, tiles, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
     """Return what each warp finds in its only tile, which may not be there."""
-    peaks, sums, even, odd = _attend((), _load_queries(base, K_BITS), tiles[0], scale, K_BITS, V_BITS)
+    peaks, sums, even, odd = _attend((), _load_queries(base, K_BITS), tiles, scale, K_BITS, V_BITS)
     return peaks, sum_of_groups(sums), even, odd
 
 
 @gluon.jit
-def _attend(found, queries, tile, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
-    """Return what was found with a tile; ``found`` may be () for nothing."""
-    keys, k_scales, is_live, v_scales, v_first, v_second = tile
-    first, second = multiply_tile(_levels_of_key(keys, K_BITS), queries)
-    unit_first, unit_second = each(low_float16(k_scales) * (scale * LOG2_E))
-    first, second = masked(first * unit_first, second * unit_second, is_live)
+def _attend(found, queries, tiles, scale, K_BITS: gl.constexpr, V_BITS: gl.constexpr):
+    """Return what was found with tiles, which are met together; ``found`` may be () for nothing."""
+    scores = ()
+    for i in gl.static_range(len(tiles)):
+        first, second = multiply_tile(_levels_of_key(tiles[i][0], K_BITS), queries)
+        unit_first, unit_second = each(low_float16(tiles[i][1]) * (scale * LOG2_E))
+        scores = scores + (masked(first * unit_first, second * unit_second, tiles[i][2]),)
     if len(found) == 0:
-        found, first, second = meet_first(first, second, 8)
+        found, weights = meet_first(scores, 8)
     else:
-        found, first, second = meet(found, first, second)
-    peaks, sums, old_even, old_odd = found
-    scale_first, scale_second = each(low_float16(v_scales))
+        found, weights = meet(found, scores)
+    peaks, sums, even, odd = found
+    for i in gl.static_range(len(tiles)):
+        first, second = weights[i]
+        even, odd = _weighed(even, odd, first, second, tiles[i], V_BITS)
+        sums += first + second
+    return peaks, sums, even, odd
+
+
+@gluon.jit
+def _weighed(old_even, old_odd, first, second, tile, BITS: gl.constexpr):
+    """Return the sums of the columns of values with those of a tile, by the weights of the keys g and g + 8."""
+    scale_first, scale_second = each(low_float16(tile[3]))
     weights_first, weights_second = exchange(_scaled(first, scale_first), _scaled(second, scale_second))
     weights = of_own_head(weights_first, weights_second)
-    levels, others = _levels_of_value(v_first, V_BITS), _levels_of_value(v_second, V_BITS)
+    levels, others = _levels_of_value(tile[4], BITS), _levels_of_value(tile[5], BITS)
     even, odd = (), ()
     for word in gl.static_range(2):
         for pair in gl.static_range(4):
             a_first, a_second = transpose_pairs(levels[word][pair]), transpose_pairs(others[word][pair])
             both = add_product(old_even[4 * word + pair], old_odd[4 * word + pair], a_first, a_second, weights)
             even, odd = even + (both[0],), odd + (both[1],)
-    return peaks, sums + first + second, even, odd
+    return even, odd
 
 
 @gluon.jit

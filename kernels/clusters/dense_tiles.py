@@ -99,12 +99,13 @@ def _either(condition, first, second):
 def _attend(found, queries, keys, is_live, v_first, v_second, scale):
     """Return what was found with a tile; ``found`` may be () for nothing."""
     first, second = multiply_tile(keys, queries)
-    first, second = masked(first * (scale * LOG2_E), second * (scale * LOG2_E), is_live)
+    scores = (masked(first * (scale * LOG2_E), second * (scale * LOG2_E), is_live),)
     if len(found) == 0:
-        found, first, second = meet_first(first, second, len(v_first))
+        found, of_tiles = meet_first(scores, len(v_first))
     else:
-        found, first, second = meet(found, first, second)
+        found, of_tiles = meet(found, scores)
     peaks, sums, old_even, old_odd = found
+    first, second = of_tiles[0]
     weights_first, weights_second = exchange(first, second)
     weights = of_own_head(weights_first, weights_second)
     rest_first, rest_second = exchange(_rest_of(first), _rest_of(second))

@@ -38,26 +38,41 @@ def origin_of(peak):
 
 
 @gluon.jit
-def meet(found, first, second):
-    """Return what was found, counted from the largest score so far with those of the keys g and g + 8, and the weights of these, not yet added."""
+def meet(found, scores):
+    """Return what was found, counted from the largest score so far with those of tiles, pairs of the keys g and g + 8, and the weights of these, not
+    yet added."""
     old_peaks, sums, even, odd = found
-    peaks = gl.maximum(old_peaks, max_of_groups(gl.maximum(first, second)))
+    peaks = gl.maximum(old_peaks, _largest(scores))
     origins = origin_of(peaks)
     factors = gl.exp2(old_peaks - origins)
-    first, second = gl.exp2(first - origins), gl.exp2(second - origins)
     new_even, new_odd = (), ()
     for i in gl.static_range(len(even)):
         new_even, new_odd = new_even + (even[i] * factors,), new_odd + (odd[i] * factors,)
-    return (peaks, sums * factors, new_even, new_odd), first, second
+    return (peaks, sums * factors, new_even, new_odd), _weights(scores, origins)
 
 
 @gluon.jit
-def meet_first(first, second, N_WORDS: gl.constexpr):
+def meet_first(scores, N_WORDS: gl.constexpr):
     """Return what :func:`meet` does of a warp that has met no key, in fewer registers."""
-    peaks = max_of_groups(gl.maximum(first, second))
-    origins = origin_of(peaks)
+    peaks = _largest(scores)
     _, sums, even, odd = nothing(N_WORDS)
-    return (peaks, sums, even, odd), gl.exp2(first - origins), gl.exp2(second - origins)
+    return (peaks, sums, even, odd), _weights(scores, origin_of(peaks))
+
+
+@gluon.jit
+def _largest(scores):
+    largest = gl.maximum(scores[0][0], scores[0][1])
+    for i in gl.static_range(1, len(scores)):
+        largest = gl.maximum(largest, gl.maximum(scores[i][0], scores[i][1]))
+    return max_of_groups(largest)
+
+
+@gluon.jit
+def _weights(scores, origins):
+    weights = ()
+    for i in gl.static_range(len(scores)):
+        weights = weights + ((gl.exp2(scores[i][0] - origins), gl.exp2(scores[i][1] - origins)),)
+    return weights
 
 
 @gluon.jit

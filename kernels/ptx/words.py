@@ -32,8 +32,8 @@ def low_float16(words):
 @gluon.jit
 def codes_of_planes(magnitudes, signs):
     """Return two words of eight codes of 3 bits, each in its nibble, of a word of magnitudes and one whose lower half holds signs, as in a cache."""
-    first = (magnitudes & 0x33333333) | (signs & 0x8888) | ((signs & 0x4444) << 17)
-    return first, ((magnitudes >> 2) & 0x33333333) | ((signs & 0x2222) << 2) | ((signs & 0x1111) << 19)
+    first = (magnitudes & 0x33333333) | ((signs >> 1) & 0x4444) | ((signs & 0x4444) << 16)
+    return first, ((magnitudes >> 2) & 0x33333333) | ((signs & 0x2222) << 1) | ((signs & 0x1111) << 18)
 
 
 @gluon.jit

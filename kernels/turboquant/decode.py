@@ -9,7 +9,6 @@ import triton.language as tl
 
 from qtts_compile.kernels.turboquant.levels import levels_of
 
-HIGH_SIGNS = tl.constexpr(-0x77780000)  # 0x88880000 of an int32
 SIGN = tl.constexpr(-(2**31))
 E4M3_UNIT = tl.constexpr(2.0**120)
 
@@ -54,8 +53,8 @@ def decode_words(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
         return _join_eight(levels_of(words[0], BITS, DTYPE))
     else:
         magnitudes, signs = words[0], words[1].to(tl.int32)
-        lower = levels_of((magnitudes & 0x33333333) | (signs & 0x8888) | ((signs << 17) & HIGH_SIGNS), BITS, DTYPE)
-        upper = levels_of(((magnitudes >> 2) & 0x33333333) | ((signs << 2) & 0x8888) | ((signs << 19) & HIGH_SIGNS), BITS, DTYPE)
+        lower = levels_of((magnitudes & 0x33333333) | ((signs >> 1) & 0x4444) | ((signs & 0x4444) << 16), BITS, DTYPE)
+        upper = levels_of(((magnitudes >> 2) & 0x33333333) | ((signs & 0x2222) << 1) | ((signs & 0x1111) << 18), BITS, DTYPE)
         both = ()
         for i in tl.static_range(8):
             both = both + (tl.join(lower[i], upper[i]),)

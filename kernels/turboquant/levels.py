@@ -19,22 +19,22 @@ def _magnitudes(bits: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 def _assembly(bits: int, dtype: torch.dtype) -> str:
     """Return PTX that makes four registers of two levels each out of one register of eight codes."""
-    magnitudes = _magnitudes(bits, dtype) + (0,) * (8 - 2 ** (bits - 1))
+    magnitudes, is_signed = _magnitudes(bits, dtype), bits == 3
+    levels = magnitudes + tuple(m | 0x8000 for m in magnitudes) if is_signed else magnitudes
     (low_0, low_1), (high_0, high_1) = (
-        [sum((m >> shift & 0xFF) << 8 * i for i, m in enumerate(magnitudes[first : first + 4])) for first in (0, 4)] for shift in (0, 8)
+        [sum((level >> shift & 0xFF) << 8 * i for i, level in enumerate(levels[n : n + 4])) for n in (0, 4)] for shift in (0, 8)
     )
-    lines = [".reg .b32 codes, moved, index, low, high, sign, level;", "mov.b32 codes, $4;", "shl.b32 moved, codes, 4;"]
-    for pair in range(4):
-        if pair % 2 == 0:
-            # prmt picks four bytes of eight by the low three bits of four nibbles: with one table of low and one of high bytes, four levels.
-            lines += [f"shr.b32 index, codes, {8 * pair};", "and.b32 index, index, 0x7777;"]
-            lines += [f"prmt.b32 low, {low_0:#x}, {low_1:#x}, index;", f"prmt.b32 high, {high_0:#x}, {high_1:#x}, index;"]
-        lines += [
-            f"prmt.b32 level, low, high, {(0x5140, 0x7362)[pair % 2]:#x};",
+    lines = [".reg .b32 codes, moved, index, low, high, sign;", "mov.b32 codes, $4;"]
+    lines += ["mov.b32 index, codes;"] if is_signed else ["shl.b32 moved, codes, 4;", "and.b32 index, codes, 0x77777777;"]
+    for half in range(2):
+        # prmt picks four bytes of eight by the low three bits of four nibbles: with one table of low and one of high bytes, four levels.
+        lines += ["shr.b32 index, index, 16;"] * half
+        lines += [f"prmt.b32 low, {low_0:#x}, {low_1:#x}, index;", f"prmt.b32 high, {high_0:#x}, {high_1:#x}, index;"]
+        if not is_signed:
             # A nibble of 8 + n replicates the sign of byte n: of the code at the top of a byte, of the other where codes are moved up.
-            f"prmt.b32 sign, moved, codes, {(12 + pair) << 12 | (8 + pair) << 4:#x};",
-            f"lop3.b32 ${pair}, level, sign, 0x80008000, 0x78;",  # level ^ (sign & 0x80008000)
-        ]
+            signs = sum(8 + 2 * half + n // 2 + 4 * (n % 2) << 4 * n for n in range(4))
+            lines += [f"prmt.b32 sign, moved, codes, {signs:#x};", "lop3.b32 high, high, sign, 0x80808080, 0x78;"]  # high ^ (sign & 0x80808080)
+        lines += [f"prmt.b32 ${2 * half}, low, high, 0x5140;", f"prmt.b32 ${2 * half + 1}, low, high, 0x7362;"]
     return "{ " + " ".join(lines) + " }"
 
 
@@ -48,7 +48,7 @@ TO_BFLOAT16_4, TO_FLOAT16_4 = (tl.constexpr(_assembly(4, dtype)) for dtype in (t
 def levels_of(codes, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Return a tuple of 8: the levels, in ``DTYPE``, that the nibbles of int32 ``codes`` stand for, from the lowest nibble on.
 
-    A nibble's high bit is the sign, its others tell the magnitude, of which a codebook of ``BITS`` has ``2**(BITS - 1)``.
+    The highest of a nibble's ``BITS`` is the sign, the others tell the magnitude. What is above them is zero.
     """
     HALF: tl.constexpr = tl.float16 if DTYPE == tl.float16 else tl.bfloat16
     if IS_INTERPRETED:  # it knows no assembly
@@ -72,5 +72,5 @@ def _level(code, BITS: tl.constexpr, HALF: tl.constexpr):
     magnitudes: tl.constexpr = (FLOAT16_4 if BITS == 4 else FLOAT16_3) if HALF == tl.float16 else (BFLOAT16_4 if BITS == 4 else BFLOAT16_3)
     level = tl.zeros(code.shape, tl.int32)
     for i in tl.static_range(2 ** (BITS - 1)):
-        level = tl.where((code & 7) == i, magnitudes[i], level)
-    return level | ((code & 8) << 12)
+        level = tl.where((code & (2 ** (BITS - 1) - 1)) == i, magnitudes[i], level)
+    return level | ((code & 2 ** (BITS - 1)) << (16 - BITS))
