@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from test_codec import CPU, build, close, codes_of, push, whole
+from test_codec import build, close, codes_of, push, whole
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 
@@ -12,6 +12,8 @@ from qtts_compile import collect
 from qtts_compile.codec import Codec
 from qtts_compile.launcher import Launcher
 from qtts_compile.streaming_decoder import Stateful, StreamingDecoder
+
+CPU = torch.device("cpu")
 
 
 def launched_sizes(codec, call):

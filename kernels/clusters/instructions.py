@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from qtts_compile.kernels.clusters.memory import memory_layout
+from qtts_compile.kernels.ptx.shared_memory import address_of_memory
 
 
 @gluon.jit
@@ -21,7 +22,7 @@ def allocate(BYTES: gl.constexpr):
     layout: gl.constexpr = memory_layout()
     memory = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], layout)
     mbarrier.init(memory.index(31), 1)  # of no use, but that Triton declares the memory
-    return memory, gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    return memory, address_of_memory()
 
 
 @gluon.jit

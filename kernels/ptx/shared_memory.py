@@ -9,6 +9,12 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
+def address_of_memory():
+    """Return the address of the shared memory that the kernel declares."""
+    return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def wait_for_cta():
     """Wait for all warps of the CTA."""
     gl.inline_asm_elementwise("bar.sync 0; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -59,6 +65,15 @@ def load_shared_4_each(addresses):
     return gl.inline_asm_elementwise(
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [addresses],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_shared_2_pairs(addresses):
+    """Load two pairs of words that follow each other at the address that each thread has twice."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4]; // $5",
+        "=r,=r,=r,=r,r,r", [addresses], dtype=(gl.int32, gl.int32), is_pure=False, pack=2,
     )  # fmt: skip
 
 
@@ -114,6 +129,15 @@ def store_shared_2_each(addresses, first, second):
     gl.inline_asm_elementwise(
         "{ st.shared.v2.f32 [$1], {$2, $3}; mov.u32 $0, 0; }", "=r,r,f,f", [addresses, first, second], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def store_shared_2_pairs(addresses, first, second):
+    """Store two pairs of words as :func:`load_shared_2_pairs` loads them."""
+    gl.inline_asm_elementwise(
+        "{ st.shared.v4.b32 [$2], {$4, $5, $6, $7}; mov.u32 $0, 0; mov.u32 $1, 0; } // $3",
+        "=r,=r,r,r,r,r,r,r", [addresses, first, second], dtype=gl.int32, is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit

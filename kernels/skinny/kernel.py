@@ -16,7 +16,7 @@ from qtts_compile.kernels.ptx.global_memory import as_words
 from qtts_compile.kernels.ptx.pdl import announce, wait_for_inputs
 from qtts_compile.kernels.ptx.shared_memory import store_shared_2, wait_for_cta
 from qtts_compile.kernels.skinny.operands import lanes_layout, load_rows, multiply, no_sums, numbers, request, requested_together, sum_of, weigh
-from qtts_compile.kernels.skinny.program import add_up, address_of_memory, outputs_of, own_weight, rows_of_tile, rows_of_x, scale_of, store_squares
+from qtts_compile.kernels.skinny.program import add_up, allocate, outputs_of, own_weight, rows_of_tile, rows_of_x, scale_of, store_squares
 
 
 @gluon.jit
@@ -74,10 +74,7 @@ def skinny_kernel(
     # Sums of two tiles have their place, so that warps may run ahead by one.
     SUMS_BYTES: gl.constexpr = GROUPS * 2 * WARPS * 256
     SQUARES: gl.constexpr = min(TILES, 2) * SUMS_BYTES
-    memory = gl.allocate_shared_memory(gl.float32, [SQUARES // 4 + GROUPS * WARPS * 8 + 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    unused = memory.index(SQUARES // 4 + GROUPS * WARPS * 8)
-    unused.store(gl.zeros([1], gl.float32, layout=one))  # so that Triton declares the memory
-    base = address_of_memory()
+    memory, base = allocate(SQUARES + GROUPS * WARPS * 32, WARPS)
     scale, zeros = 1.0, gl.zeros([WARPS, 8, 4, 2], gl.float32, layout=layout)
     for tile in gl.static_range(TILES):
         sums, squares = no_sums(zeros, 4 * GROUPS), no_sums(zeros, GROUPS)

@@ -13,7 +13,7 @@ import torch
 from qtts_compile.kernels.launch_table import Launch
 from qtts_compile.kernels.pdl import pdl_options
 from qtts_compile.kernels.sizes import cdiv
-from qtts_compile.kernels.skinny.choice import BYTES_IN_FLIGHT, LANES_COLUMNS, MAX_ROWS, TILE, blocks_ahead, column_shares, x_steps
+from qtts_compile.kernels.skinny.choice import BYTES_IN_FLIGHT, LANES_COLUMNS, MAX_ROWS, TILE, blocks_ahead, column_shares, is_of_many_rows, x_steps
 from qtts_compile.kernels.skinny.kernel import skinny_kernel
 from qtts_compile.kernels.skinny.many_rows import skinny_many_rows_kernel
 
@@ -69,11 +69,11 @@ def launch_skinny(
     if uneven or odd or width % launch.block_k or rows > launch.block_m:
         what = f"{rows} rows of {width} columns"
         raise ValueError(f"{launch} does not fit {what}; delete the table of launches that it is from, in the folder of QTTS_COMPILE_CACHE")
-    steps, groups = width // launch.block_k, launch.block_m // 8
-    if launch.block_m == MAX_ROWS and chunks == 1:
+    steps = width // launch.block_k
+    if is_of_many_rows(launch):
         kernel, how = skinny_many_rows_kernel, dict(SHARES=column_shares(tiles, launch.num_warps), AHEAD=blocks_ahead(tiles, launch.num_warps, steps))
     else:
-        kernel, how = skinny_kernel, dict(GROUPS=groups, CHUNKS=chunks, X_STEPS=x_steps(groups, chunks, steps))
+        kernel, how = skinny_kernel, dict(GROUPS=launch.block_m // 8, CHUNKS=chunks, X_STEPS=x_steps(launch, width))
     in_flight = min(launch.in_flight or max(1, BYTES_IN_FLIGHT // (32 * chunks)), steps * tiles)
     kernel[(sum(cdiv(y.shape[-1], launch.block_n) for y in ys),)](
         x, tokens, norm_weight, tuple(weights), tuple(biases), residual, tuple(ys), rows, x.shape[0], tuple(weight.shape[0] for weight in weights),

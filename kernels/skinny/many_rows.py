@@ -27,7 +27,7 @@ from qtts_compile.kernels.skinny.operands import (
     sum_of,
     weigh,
 )
-from qtts_compile.kernels.skinny.program import add_up, address_of_memory, outputs_of, own_weight, rows_of_tile, rows_of_x, scale_of, store_squares
+from qtts_compile.kernels.skinny.program import add_up, allocate, outputs_of, own_weight, rows_of_tile, rows_of_x, scale_of, store_squares
 
 GROUPS = gl.constexpr(4)  # of eight rows of x
 
@@ -92,10 +92,8 @@ def skinny_many_rows_kernel(
 
     # Two blocks of x, and later in their place sums of all warps; behind them their squares of x
     BLOCK_BYTES: gl.constexpr = WARPS * GROUPS * 512
-    memory = gl.allocate_shared_memory(gl.float32, [BLOCK_BYTES // 2 + GROUPS * WARPS * 8 + 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    unused = memory.index(BLOCK_BYTES // 2 + GROUPS * WARPS * 8)
-    unused.store(gl.zeros([1], gl.float32, layout=one))  # so that Triton declares the memory
-    base = address_of_memory()
+    SQUARES: gl.constexpr = 2 * BLOCK_BYTES
+    memory, base = allocate(SQUARES + GROUPS * WARPS * 32, WARPS)
     of_lane = base + g * 64 + t * 16 + 0 * which
     zeros = gl.zeros([WARPS, 8, 4, 2], gl.float32, layout=layout)
     squares, sums = no_sums(zeros, GROUPS), ()
@@ -128,10 +126,10 @@ def skinny_many_rows_kernel(
         for j in gl.static_range(GROUPS * 2):
             store_shared_2(of_tiles + ((tile * (GROUPS * 2) + j) * SHARES + share) * 256 + g * 32 + t * 8 + which * 4, sum_of(sums[i], j, GROUPS))
         if i == 0 and Norm_ptr is not None:
-            store_squares(base + 2 * BLOCK_BYTES, squares, warp, g, WARPS)
+            store_squares(base + SQUARES, squares, warp, g, WARPS)
         wait_for_cta()
         if i == 0 and Norm_ptr is not None:
-            scale = scale_of(base + 2 * BLOCK_BYTES, row, eps, K, WARPS)
+            scale = scale_of(base + SQUARES, row, eps, K, WARPS)
         address, up = of_tiles + group * SHARES * 512 + in_group % 64 * 4, 0.0
         if IS_SWIGLU:
             up = add_up(address + SHARES * 256, SHARES, 256) * scale

@@ -12,6 +12,7 @@ from them: in which order columns are added up is of no matter.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from qtts_compile.kernels.ptx.shared_memory import load_shared_2_pairs, store_shared_2_pairs
 from qtts_compile.kernels.ptx.words import add_product, high, low, multiply_pairs
 
 
@@ -85,10 +86,7 @@ def load_rows(Row_ptrs, first, CHUNKS: gl.constexpr):
 def store_shared_rows(addresses, xs):
     """Store 32 columns of each group of eight rows of x, the words of a lane where it has an address twice, each group 512 bytes behind the last."""
     for j in gl.static_range(len(xs)):
-        gl.inline_asm_elementwise(
-            "{ st.shared.v4.b32 [$2], {$4, $5, $6, $7}; mov.u32 $0, 0; mov.u32 $1, 0; } // $3",
-            "=r,=r,r,r,r,r,r,r", [addresses + j * 512, xs[j][0][0], xs[j][0][1]], dtype=gl.int32, is_pure=False, pack=2,
-        )  # fmt: skip
+        store_shared_2_pairs(addresses + j * 512, xs[j][0][0], xs[j][0][1])
 
 
 @gluon.jit
@@ -96,11 +94,7 @@ def load_shared_rows(addresses, GROUPS: gl.constexpr):
     """Load what :func:`store_shared_rows` stored, as :func:`load_rows` does."""
     groups = ()
     for j in gl.static_range(GROUPS):
-        words = gl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4]; // $5",
-            "=r,=r,=r,=r,r,r", [addresses + j * 512], dtype=(gl.int32, gl.int32), is_pure=False, pack=2,
-        )  # fmt: skip
-        groups = groups + ((words,),)
+        groups = groups + ((load_shared_2_pairs(addresses + j * 512),),)
     return groups
 
 

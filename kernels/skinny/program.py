@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from qtts_compile.kernels.ptx.global_memory import as_words
-from qtts_compile.kernels.ptx.shared_memory import load_floats, store_floats
+from qtts_compile.kernels.ptx.shared_memory import address_of_memory, load_floats, store_floats
 
 
 @gluon.jit
@@ -55,9 +55,12 @@ def rows_of_x(X_ptr, Token_ptr, M, V, x_stride, g, word, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def address_of_memory():
-    """Return the address of the shared memory that the program declares."""
-    return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+def allocate(BYTES: gl.constexpr, WARPS: gl.constexpr):
+    """Return all the shared memory of a kernel, to be kept alive to its end, and the address at which it begins."""
+    memory = gl.allocate_shared_memory(gl.float32, [BYTES // 4 + 4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    unused = memory.index(BYTES // 4)
+    unused.store(gl.zeros([1], gl.float32, layout=gl.BlockedLayout([1], [32], [WARPS], [0])))  # so that Triton declares the memory
+    return memory, address_of_memory()
 
 
 @gluon.jit

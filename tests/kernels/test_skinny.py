@@ -20,7 +20,7 @@ from qtts_compile.kernels.norm_linears import norm_linears_reference, norm_linea
 from qtts_compile.kernels.norm_swiglu import norm_swiglu_reference, norm_swiglu_triton
 from qtts_compile.kernels.sizes import next_power_of_2
 from qtts_compile.kernels.skinny import launch as skinny
-from qtts_compile.kernels.skinny.choice import WARPS_AND_TILES, candidates, choose_launch, column_shares
+from qtts_compile.kernels.skinny.choice import WARPS_AND_TILES, candidates, choose_launch, column_shares, is_of_many_rows
 from qtts_compile.kernels.skinny.launch import is_skinny, serves
 from tests.ptx.machine import DeviceAssert
 
@@ -228,7 +228,7 @@ def test_a_search_tries_what_fits(count, outputs, width, matrices):
         steps, odd = divmod(width, launch.block_k)
         assert launch.block_m in (8, 16, 32) and launch.block_m >= count and is_skinny(launch)
         assert uneven == odd == 0 == launch.block_k % (32 * launch.num_warps) and 0 < launch.in_flight <= steps * tiles
-        if launch.block_m == 32 and launch.block_k == 32 * launch.num_warps:
+        if is_of_many_rows(launch):
             assert 2 <= tiles <= 8 and launch.num_warps * (2 * 4 * 512 + 4 * 32) <= 40 * 1024  # two blocks of x, and squares
         else:
             assert tiles <= 6 and launch.block_m // 8 * launch.num_warps * 512 * min(tiles, 2) <= 40 * 1024
