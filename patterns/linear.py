@@ -14,7 +14,7 @@ from qtts_compile.patterns.graph import is_call_of, operands, shape, value
 
 aten = torch.ops.aten
 # Measured on an H200: gate and up, 6144 x 2048 each, take 17 us of cuBLAS's 22 at 8 rows and 26 at 16. With less to read, and in bfloat16 (15 us),
-# the kernels win. At 32 rows in bfloat16 gate and up take 16.2 us and cuBLAS's 23.3. When they still took 24.2 a frame took 3.94 ms where all linear
+# the kernels win. At 32 rows in bfloat16 gate and up take 16.7 us and cuBLAS's 23.4. When they still took 24.2 a frame took 3.94 ms where all linear
 # layers were the kernels', which follow each other without waiting, and 5.64 where they were cuBLAS's.
 MANY_ROWS, MANY_WEIGHTS = 9, 2 * 6144 * 2048
 

@@ -171,9 +171,10 @@ def _attend(found, queries, tiles, scale, K_BITS: gl.constexpr, V_BITS: gl.const
     """Return what was found with tiles, which are met together; ``found`` may be () for nothing."""
     scores = ()
     for i in gl.static_range(len(tiles)):
-        first, second = multiply_tile(_levels_of_key(tiles[i][0], K_BITS), queries)
-        unit_first, unit_second = each(low_float16(tiles[i][1]) * (scale * LOG2_E))
-        scores = scores + (masked(first * unit_first, second * unit_second, tiles[i][2]),)
+        keys, k_scales, is_live, _, _, _ = tiles[i]
+        first, second = multiply_tile(_levels_of_key(keys, K_BITS), queries)
+        unit_first, unit_second = each(low_float16(k_scales) * (scale * LOG2_E))
+        scores = scores + (masked(first * unit_first, second * unit_second, is_live),)
     if len(found) == 0:
         found, weights = meet_first(scores, 8)
     else:
@@ -189,10 +190,11 @@ def _attend(found, queries, tiles, scale, K_BITS: gl.constexpr, V_BITS: gl.const
 @gluon.jit
 def _weighed(old_even, old_odd, first, second, tile, BITS: gl.constexpr):
     """Return the sums of the columns of values with those of a tile, by the weights of the keys g and g + 8."""
-    scale_first, scale_second = each(low_float16(tile[3]))
+    _, _, _, v_scales, v_first, v_second = tile
+    scale_first, scale_second = each(low_float16(v_scales))
     weights_first, weights_second = exchange(_scaled(first, scale_first), _scaled(second, scale_second))
     weights = of_own_head(weights_first, weights_second)
-    levels, others = _levels_of_value(tile[4], BITS), _levels_of_value(tile[5], BITS)
+    levels, others = _levels_of_value(v_first, BITS), _levels_of_value(v_second, BITS)
     even, odd = (), ()
     for word in gl.static_range(2):
         for pair in gl.static_range(4):

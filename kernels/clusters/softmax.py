@@ -39,8 +39,10 @@ def origin_of(peak):
 
 @gluon.jit
 def meet(found, scores):
-    """Return what was found, counted from the largest score so far with those of tiles, pairs of the keys g and g + 8, and the weights of these, not
-    yet added."""
+    """Return what was found, counted from the largest score so far, and the weights of scores, which are not added yet.
+
+    Scores and weights are those of tiles, of each a pair: of the keys g and g + 8.
+    """
     old_peaks, sums, even, odd = found
     peaks = gl.maximum(old_peaks, _largest(scores))
     origins = origin_of(peaks)

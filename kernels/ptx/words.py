@@ -6,7 +6,10 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from qtts_compile.kernels.turboquant import decode
 from qtts_compile.kernels.turboquant.levels import TO_BFLOAT16_3, TO_BFLOAT16_4
+
+codes_of_planes = gluon.jit(decode.codes_of_planes.fn)
 
 
 @gluon.jit
@@ -27,13 +30,6 @@ def low_float16(words):
     return gl.inline_asm_elementwise(
         "{ .reg .b16 half, other; mov.b32 {half, other}, $1; cvt.f32.f16 $0, half; }", "=f,r", [words], dtype=gl.float32, is_pure=True, pack=1
     )
-
-
-@gluon.jit
-def codes_of_planes(magnitudes, signs):
-    """Return two words of eight codes of 3 bits, each in its nibble, of a word of magnitudes and one whose lower half holds signs, as in a cache."""
-    first = (magnitudes & 0x33333333) | ((signs >> 1) & 0x4444) | ((signs & 0x4444) << 16)
-    return first, ((magnitudes >> 2) & 0x33333333) | ((signs & 0x2222) << 1) | ((signs & 0x1111) << 18)
 
 
 @gluon.jit

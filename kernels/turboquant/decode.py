@@ -52,13 +52,19 @@ def decode_words(words, BITS: tl.constexpr, DTYPE: tl.constexpr):
     elif BITS == 4:
         return _join_eight(levels_of(words[0], BITS, DTYPE))
     else:
-        magnitudes, signs = words[0], words[1].to(tl.int32)
-        lower = levels_of((magnitudes & 0x33333333) | ((signs >> 1) & 0x4444) | ((signs & 0x4444) << 16), BITS, DTYPE)
-        upper = levels_of(((magnitudes >> 2) & 0x33333333) | ((signs & 0x2222) << 1) | ((signs & 0x1111) << 18), BITS, DTYPE)
+        lower, upper = codes_of_planes(words[0], words[1].to(tl.int32))
+        lower, upper = levels_of(lower, BITS, DTYPE), levels_of(upper, BITS, DTYPE)
         both = ()
         for i in tl.static_range(8):
             both = both + (tl.join(lower[i], upper[i]),)
         return _join_eight(both)
+
+
+@triton.jit
+def codes_of_planes(magnitudes, signs):
+    """Return two words of eight codes of 3 bits, each in its nibble, of a word of magnitudes and one whose lower half holds signs, as in a cache."""
+    first = (magnitudes & 0x33333333) | ((signs >> 1) & 0x4444) | ((signs & 0x4444) << 16)
+    return first, ((magnitudes >> 2) & 0x33333333) | ((signs & 0x2222) << 1) | ((signs & 0x1111) << 18)
 
 
 @triton.jit

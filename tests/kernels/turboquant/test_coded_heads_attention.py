@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_heads_attention import MROPE, VARIANTS, with_parts
 from test_norm_qkv_attention import moved
+from test_norm_qkv_quantized_attention_op import UNSERVED_CACHES
 from test_qk_norm_rope_attention import positions
 from test_qk_norm_rope_quantized_attention import check, make_arguments
 
@@ -161,17 +162,7 @@ arguments = arguments_of({texts}, 48, 20, device="cuda", starts=[0] * {texts}, f
         {},
         {0: moved},
         {3: lambda _: None},
-        {K_CODES: moved},
-        {V_CODES: lambda codes: codes.transpose(1, 2).contiguous().transpose(1, 2)},
-        {SCALES: moved},
-        {SCALES: lambda scales: scales.repeat_interleave(2, -1)[..., ::2]},
-        {KEPT: moved},
-        {KEPT: lambda kept: kept[:, :, :, :19]},
-        {KEPT: lambda kept: kept.repeat(1, 1, 1, 11, 1)},
-        {SINKS: lambda _: 17, KEPT: lambda kept: kept.repeat(1, 1, 1, 2, 1)},
-        {FORMAT: lambda _: "int3"},
-        {FORMAT: lambda _: "k4v3"},
-        {FORMAT: lambda _: "fp8"},
+        *({K_CODES + place: function for place, function in change.items()} for change in UNSERVED_CACHES),
         {MASK: lambda mask: mask.float()},
         {MASK: lambda mask: mask.expand(3, 4, 1, 48).contiguous()},
     ],

@@ -27,6 +27,21 @@ from test_norm_qkv_quantized_attention import (
 from qtts_compile.kernels.clusters import device as clusters
 from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized_attention, norm_qkv_quantized_attention_reference
 
+# What is changed of a cache of int4 codes with 48 slots, 4 sinks and a window of 20, by places after that of the codes of keys.
+UNSERVED_CACHES = [
+    {0: moved},
+    {1: lambda codes: codes.transpose(1, 2).contiguous().transpose(1, 2)},
+    {2: moved},
+    {2: lambda scales: scales.repeat_interleave(2, -1)[..., ::2]},
+    {2: lambda scales: torch.cat([scales, scales[..., :4]], -1)[..., :48]},
+    {3: moved},
+    {3: lambda kept: kept.transpose(2, 3).contiguous().transpose(2, 3)},
+    {3: lambda kept: kept[:, :, :, :19]},
+    {3: lambda kept: kept.repeat(1, 1, 1, 11, 1)},
+    {SINKS - K_CODES: lambda _: 17, 3: lambda kept: kept.repeat(1, 1, 1, 2, 1)},
+    *({FORMAT - K_CODES: lambda _, format=format: format} for format in ("int3", "k4v3", "fp8")),
+]
+
 
 @pytest.mark.parametrize(
     "change",
@@ -36,19 +51,7 @@ from qtts_compile.kernels.norm_qkv_quantized_attention import norm_qkv_quantized
         {1: lambda _: None},
         {2: lambda weights: [weights[1], *weights[1:]]},
         {5: lambda _: None},
-        {K_CODES: moved},
-        {V_CODES: lambda codes: codes.transpose(1, 2).contiguous().transpose(1, 2)},
-        {SCALES: moved},
-        {SCALES: lambda scales: scales.repeat_interleave(2, -1)[..., ::2]},
-        {SCALES: lambda scales: torch.cat([scales, scales[..., :4]], -1)[..., :48]},
-        {KEPT: moved},
-        {KEPT: lambda kept: kept.transpose(2, 3).contiguous().transpose(2, 3)},
-        {KEPT: lambda kept: kept[:, :, :, :19]},
-        {KEPT: lambda kept: kept.repeat(1, 1, 1, 11, 1)},
-        {SINKS: lambda _: 17, KEPT: lambda kept: kept.repeat(1, 1, 1, 2, 1)},
-        {FORMAT: lambda _: "int3"},
-        {FORMAT: lambda _: "k4v3"},
-        {FORMAT: lambda _: "fp8"},
+        *({K_CODES + place: function for place, function in change.items()} for change in UNSERVED_CACHES),
         {MASK: lambda mask: mask.float()},
         {MASK: lambda mask: mask.expand(1, 4, 1, 48).contiguous()},
         {
